@@ -58,14 +58,14 @@ pub(crate) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// The attributes of one file, by name.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Attributes {
+pub(crate) struct FileXattrs {
     /// Those that a layer carries.
     pub carried: Pairs,
     /// Those that are lost when it is unpacked.
     pub lost: Pairs,
 }
 
-impl Attributes {
+impl FileXattrs {
     pub fn has(&self, name: &[u8]) -> bool {
         self.carried.iter().any(|(n, _)| n == name)
     }
@@ -96,12 +96,12 @@ impl XattrSource<'_> {
 
 /// Reads the attributes of what is in a directory with an overlay's `marks`, or in none; `full` is
 /// for people.
-pub(crate) fn read(of: XattrSource<'_>, marks: Option<Marks>, full: &Path) -> Result<Attributes> {
+pub(crate) fn read(of: XattrSource<'_>, marks: Option<Marks>, full: &Path) -> Result<FileXattrs> {
     let (mut short, mut long) = ([0u8; 512], Vec::new());
     let names: &[u8] = loop {
         let buffer = if long.is_empty() { &mut short[..] } else { &mut long[..] };
         match of.list(buffer) {
-            Ok(0) | Err(Errno::NOTSUP) => return Ok(Attributes::default()),
+            Ok(0) | Err(Errno::NOTSUP) => return Ok(FileXattrs::default()),
             Ok(n) if long.is_empty() => break &short[..n],
             Ok(n) => break &long[..n],
             // Linux lists no more than this.
@@ -109,7 +109,7 @@ pub(crate) fn read(of: XattrSource<'_>, marks: Option<Marks>, full: &Path) -> Re
             Err(e) => return Err(broken(full, e.into())),
         }
     };
-    let mut found = Attributes::default();
+    let mut found = FileXattrs::default();
     let mut bytes = 0;
     for name in names.split(|b| *b == 0).filter(|n| !n.is_empty()) {
         let mark = name.strip_prefix(marks.unwrap_or_default().prefix());

@@ -115,7 +115,7 @@ impl Below {
             return Ok(false);
         }
         let kind = FileType::from_raw_mode(new.st_mode);
-        // Times that a tar cannot tell from each other are one time: the file may have got it, and
+        // Times that a tar does not distinguish are one time: the file may have got it, and
         // must look the same before and after.
         let (then, now) = (time_of(old), time_of(new));
         let other_time = now != then && unpacked(now) != then;

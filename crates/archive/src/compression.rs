@@ -49,7 +49,7 @@ impl CompressionKind {
     }
 
     /// What a layer is, by its media type and what its annotations say of an index; `None` for what
-    /// is no layer that we know.
+    /// is not a known kind of layer.
     pub fn of(layer: &Descriptor) -> Option<Self> {
         let algorithm = Self::of_media_type(&layer.media_type)?;
         let has = |key: &str| layer.annotations.contains_key(key);

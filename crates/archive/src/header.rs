@@ -2,7 +2,7 @@
 //! pax, `SCHILY.xattr`).
 
 use crate::{
-    Entry, EntryKind,
+    EntryKind, LayerEntry,
     loss::WHITEOUT,
     tar::{
         block::{BLOCK, padding},
@@ -19,7 +19,7 @@ const MAX_ID: u32 = 0o7777777;
 pub const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
 /// Appends the headers of `entry` to `out`.
-pub fn write(entry: &Entry, out: &mut Vec<u8>) {
+pub fn write(entry: &LayerEntry, out: &mut Vec<u8>) {
     let name = tar_name(entry);
     let link: &[u8] = match &entry.kind {
         EntryKind::HardLink(target) | EntryKind::Symlink(target) => target,
@@ -71,7 +71,7 @@ pub fn write(entry: &Entry, out: &mut Vec<u8>) {
 
 /// Name in the archive: directories end with a slash, whiteouts have their prefix (OCI image-spec,
 /// layer.md, "Whiteouts").
-fn tar_name(entry: &Entry) -> Vec<u8> {
+fn tar_name(entry: &LayerEntry) -> Vec<u8> {
     let mut name = entry.path.clone();
     match entry.kind {
         EntryKind::Directory if name.is_empty() => name.extend(b"./"),

@@ -56,7 +56,7 @@ pub struct Indexed {
 /// What becomes of files that the tar has under the names of those that the format adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FormatFiles {
-    /// They are somebody's: a layer with one cannot be written.
+    /// They are the image's own: a layer with one cannot be written.
     Refused,
     /// An earlier writer of the format put them there, and they go. What is left is another tar
     /// than the one that was given.
@@ -116,11 +116,11 @@ pub(crate) fn flow(
                 break;
             }
         }
-        // Whoever writes into it ends now, and who feeds that one.
+        // The thread that writes into it ends now, and the one that feeds that.
         drop(results);
         let (produced, indexed) = (joined(reading.join())?, joined(indexing.join())?);
         taken?;
-        // Who is no longer read from was cancelled, and that is no reason.
+        // A thread that is no longer read from was cancelled, and that is not the reason.
         let loss = match produced {
             Err(e) if e.is_cancelled() => return Err(indexed.err().unwrap_or(e)),
             produced => produced?,
@@ -309,7 +309,7 @@ fn broken(error: io::Error) -> Fault {
     }
 }
 
-/// The fault of what the format has no place for, such as a name that is no text.
+/// The fault of what the format has no place for, such as a name that is not valid text.
 fn refused(error: shipway_estargz::Error) -> Fault {
     match error {
         shipway_estargz::Error::Io(error) => broken(error),

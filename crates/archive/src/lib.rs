@@ -47,4 +47,4 @@ pub use pack::{Hashed, Packed, pack, pack_below, recompress, recompress_in_order
 pub use retime::retime;
 pub use shipway_estargz::Dialect;
 pub use shipway_storage::overlay::Marks;
-pub use tree::{Entry, EntryKind, LayerTree};
+pub use tree::{EntryKind, LayerEntry, LayerTree};

@@ -85,11 +85,11 @@ impl Losses {
 
     /// Notes a file of the layer; the path at which it occurred first if this is another name of
     /// it.
-    pub fn told(&mut self, path: &[u8], stat: &Stat) -> Option<&[u8]> {
+    pub fn carried(&mut self, path: &[u8], stat: &Stat) -> Option<&[u8]> {
         if stat.st_nlink < 2 || FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
             return None;
         }
-        let names = self.links.told.entry(inode(stat)).or_insert_with(|| Names::new(path, stat));
+        let names = self.links.carried.entry(inode(stat)).or_insert_with(|| Names::new(path, stat));
         names.count += 1;
         (names.count > 1).then_some(&names.path)
     }
@@ -126,13 +126,14 @@ impl Losses {
     pub fn first(mut self) -> Option<Loss> {
         let links = std::mem::take(&mut self.links);
         let mut broken: Vec<_> = links
-            .told
+            .carried
             .iter()
             .filter(|(inode, _)| links.same.contains_key(*inode))
             .map(|(_, n)| n)
             .collect();
-        broken
-            .extend(links.told.values().chain(links.same.values()).filter(|n| n.count != n.links));
+        broken.extend(
+            links.carried.values().chain(links.same.values()).filter(|n| n.count != n.links),
+        );
         if let Some(names) = broken.into_iter().min_by(|a, b| a.path.cmp(&b.path)) {
             self.note(&names.path, LossKind::Links);
         }
@@ -143,7 +144,7 @@ impl Losses {
 /// Files with several names.
 #[derive(Default)]
 struct Links {
-    told: HashMap<(u64, u64), Names>,
+    carried: HashMap<(u64, u64), Names>,
     same: HashMap<(u64, u64), Names>,
     /// The old file of a new one that is the same, and the other way round.
     came: HashMap<(u64, u64), (u64, u64)>,

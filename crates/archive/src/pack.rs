@@ -2,7 +2,7 @@
 //! some compress blocks, and the caller's puts them in order, hashes them and hands them on.
 
 use crate::{
-    Compression, CompressionKind, Entry, EntryKind, LayerTree, Loss, Tar,
+    Compression, CompressionKind, EntryKind, LayerEntry, LayerTree, Loss, Tar,
     block::{BLOCK, BlockCompressor, joined},
     decompress, header, indexed,
     indexed::{FormatFiles, Indexed, ReadFirst},
@@ -300,7 +300,16 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
         let (path, kind) = (path.as_bytes().to_vec(), EntryKind::Directory);
         let mut head = Vec::new();
         header::write(
-            &Entry { path, kind, mode: 0o755, uid: 0, gid: 0, size: 0, mtime, xattrs: Vec::new() },
+            &LayerEntry {
+                path,
+                kind,
+                mode: 0o755,
+                uid: 0,
+                gid: 0,
+                size: 0,
+                mtime,
+                xattrs: Vec::new(),
+            },
             &mut head,
         );
         self.put(&head)

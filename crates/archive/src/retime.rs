@@ -88,9 +88,9 @@ fn rewrite(tar: &mut dyn Read, latest: i64, out: &mut Out<'_>) -> Result<()> {
         match header.kind() {
             kind @ (b'x' | b'g') => {
                 let old = block::special(tar, size).map_err(fault)?;
-                let (records, told) = times(&old, latest);
+                let (records, times_set) = times(&old, latest);
                 if kind == b'x' {
-                    extended = told;
+                    extended = times_set;
                 }
                 if records != old {
                     header.set_size(records.len() as u64);

@@ -1,7 +1,7 @@
 //! What a layer holds: the walk over an overlay upper directory, or over a whole tree.
 
 use crate::{
-    attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Pairs, XattrSource},
+    attributes::{self, ACCESS_ACL, CAPABILITY, DEFAULT_ACL, FileXattrs, Pairs, XattrSource},
     below::Below,
     loss::{Loss, LossKind, Losses, WHITEOUT},
     stat::{broken, time_of, unpacked},
@@ -55,7 +55,7 @@ struct Frame {
     names: Vec<OsString>,
     /// The directory's own entry, if it is unchanged and thus in the layer only when something in
     /// it is.
-    held: Option<Entry>,
+    held: Option<LayerEntry>,
     /// What lies below it.
     below: Below,
     /// Whether nothing of that shows through, so that what is not in the directory is gone.
@@ -102,7 +102,7 @@ pub enum EntryKind {
 
 /// One entry of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct LayerEntry {
     /// Path in the layer, without a slash at either end.
     pub path: Vec<u8>,
     /// What it is.
@@ -154,8 +154,8 @@ impl LayerTree {
     }
 
     /// The same, and walking it gives everything the time that unpacking its tar gives: whole
-    /// seconds, and to a directory that is not told the time of the one below. For trees that are
-    /// written, and not committed yet.
+    /// seconds, and to a directory that the tar leaves out the time of the one below. For trees
+    /// that are written, and not committed yet.
     #[must_use]
     pub fn settled(self) -> Self {
         Self { settled: true, ..self }
@@ -173,13 +173,13 @@ impl LayerTree {
     }
 
     /// Where the contents of `entry` are.
-    pub fn locate(&self, entry: &Entry) -> PathBuf {
+    pub fn locate(&self, entry: &LayerEntry) -> PathBuf {
         self.root.join(OsStr::from_bytes(&entry.path))
     }
 
     /// Visits the entries: parents before children, siblings in byte order. The root is none, or
     /// the first one, with an empty path.
-    pub fn walk(&self, mut visit: impl FnMut(Entry) -> Result<()>) -> Result<()> {
+    pub fn walk(&self, mut visit: impl FnMut(LayerEntry) -> Result<()>) -> Result<()> {
         self.walk_open(|entry, _| visit(entry)).map(drop)
     }
 
@@ -187,10 +187,10 @@ impl LayerTree {
     /// back, if there is anything.
     pub(crate) fn walk_open(
         &self,
-        mut visit: impl FnMut(Entry, Option<File>) -> Result<()>,
+        mut visit: impl FnMut(LayerEntry, Option<File>) -> Result<()>,
     ) -> Result<Option<Loss>> {
-        let mut visit = |entry: Entry, file| {
-            visit(Entry { mtime: self.time.unwrap_or(entry.mtime), ..entry }, file)
+        let mut visit = |entry: LayerEntry, file| {
+            visit(LayerEntry { mtime: self.time.unwrap_or(entry.mtime), ..entry }, file)
         };
         let mut losses = Losses::default();
         let dir = open_dir(CWD, &self.root, &self.root)?;
@@ -276,7 +276,7 @@ impl LayerTree {
                         .thing
                         .as_ref()
                         .filter(|_| directory && matches!(self.base, Base::Before(_)));
-                    self.told(&mut entry, stat, lost, frame.inherits, over, &mut losses)?;
+                    self.complete(&mut entry, stat, lost, frame.inherits, over, &mut losses)?;
                 }
                 for parent in stack.iter_mut().filter_map(|f| f.held.take()) {
                     visit(parent, None)?;
@@ -309,7 +309,7 @@ impl LayerTree {
 
     /// The root's own entry, if it differs from the root below, and whether what is made in it
     /// inherits an access control list.
-    fn root_entry(&self, dir: &OwnedFd, losses: &mut Losses) -> Result<(Option<Entry>, bool)> {
+    fn root_entry(&self, dir: &OwnedFd, losses: &mut Losses) -> Result<(Option<LayerEntry>, bool)> {
         let stat = rustix::fs::fstat(dir).map_err(|e| broken(&self.root, e.into()))?;
         let own = attributes::read(XattrSource::Open(dir.as_fd()), self.marks(), &self.root)?;
         let inherits = own.has(DEFAULT_ACL);
@@ -327,7 +327,7 @@ impl LayerTree {
         }
         let same = (own.mode, own.owner, &own.attributes.carried)
             == (below.mode, below.owner, &below.attributes.carried);
-        let entry = || Entry {
+        let entry = || LayerEntry {
             path: Vec::new(),
             kind: EntryKind::Directory,
             mode: own.mode,
@@ -371,9 +371,9 @@ impl LayerTree {
 
     /// Completes an entry of the layer, and notes what is lost of it. `over` is the directory that
     /// it is unpacked into, if that is not made anew.
-    fn told(
+    fn complete(
         &self,
-        entry: &mut Entry,
+        entry: &mut LayerEntry,
         stat: &Stat,
         lost: Pairs,
         inherits: bool,
@@ -395,7 +395,7 @@ impl LayerTree {
                 losses.note(&entry.path, LossKind::Attribute(name.clone()));
             }
         }
-        if let Some(first) = losses.told(&entry.path, stat) {
+        if let Some(first) = losses.carried(&entry.path, stat) {
             entry.kind = EntryKind::HardLink(first.to_vec());
             entry.size = 0;
             // Unpacking a link gives its file the owner again, and with that the kernel takes
@@ -412,8 +412,8 @@ impl LayerTree {
         Ok(())
     }
 
-    /// Gives the directory at `path` the time that unpacking gives it, now that nothing in it is
-    /// told any more.
+    /// Gives the directory at `path` the time that unpacking gives it, now that no entry in it
+    /// follows.
     fn settle_dir(&self, frame: Option<Frame>, path: &Path, losses: &mut Losses) -> Result<()> {
         let Some(Frame { dir, held, time, below_time, .. }) = frame else { return Ok(()) };
         let want = if held.is_some() { below_time } else { unpacked(time) };
@@ -461,9 +461,9 @@ impl LayerTree {
         place: &Visited<'_>,
         old: Option<&Stat>,
         losses: &mut Losses,
-    ) -> Result<Option<(Entry, Pairs)>> {
+    ) -> Result<Option<(LayerEntry, Pairs)>> {
         let name = bytes(place.path).to_vec();
-        let whiteout = |name| Some((Entry::bare(name, EntryKind::Whiteout), Vec::new()));
+        let whiteout = |name| Some((LayerEntry::bare(name, EntryKind::Whiteout), Vec::new()));
         let Some(stat) = &place.stat else { return Ok(whiteout(name)) };
         // What no layer has stays where the whole tree was copied.
         let looks = |s: &Stat| (s.st_mode, s.st_uid, s.st_gid, s.st_rdev, time_of(s));
@@ -501,7 +501,7 @@ impl LayerTree {
                 return Ok(None);
             }
         };
-        let mut entry = Entry {
+        let mut entry = LayerEntry {
             path: name,
             kind,
             mode: stat.st_mode & 0o7777,
@@ -519,7 +519,7 @@ impl LayerTree {
             .file
             .as_ref()
             .map_or(XattrSource::At(place.full), |file| XattrSource::Open(file.as_fd()));
-        let Attributes { carried, lost } = attributes::read(of, self.marks(), place.full)?;
+        let FileXattrs { carried, lost } = attributes::read(of, self.marks(), place.full)?;
         entry.xattrs = carried;
         Ok(Some((entry, lost)))
     }
@@ -577,12 +577,12 @@ fn times((seconds, nanoseconds): (i64, i64)) -> Timestamps {
 struct Root {
     mode: u32,
     owner: (u32, u32),
-    attributes: Attributes,
+    attributes: FileXattrs,
 }
 
 impl Default for Root {
     fn default() -> Self {
-        Self { mode: ROOT_MODE, owner: (0, 0), attributes: Attributes::default() }
+        Self { mode: ROOT_MODE, owner: (0, 0), attributes: FileXattrs::default() }
     }
 }
 
@@ -592,7 +592,7 @@ fn open_dir(dir: impl AsFd, at: &Path, full: &Path) -> Result<OwnedFd> {
     rustix::fs::openat(dir, at, flags, Mode::empty()).map_err(|e| broken(full, e.into()))
 }
 
-impl Entry {
+impl LayerEntry {
     fn bare(path: Vec<u8>, kind: EntryKind) -> Self {
         Self { path, kind, mode: 0, uid: 0, gid: 0, size: 0, mtime: 0, xattrs: Vec::new() }
     }

@@ -7,7 +7,7 @@ use rustix::fs::{
     AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, makedev, mknodat,
 };
 use shipway_archive::{
-    Compression, CompressionKind, Entry, EntryKind, LayerTree, LossKind, Marks, pack, tar_of,
+    Compression, CompressionKind, EntryKind, LayerEntry, LayerTree, LossKind, Marks, pack, tar_of,
 };
 use std::{
     fs,
@@ -99,7 +99,7 @@ fn device(path: &Path) {
     mknodat(CWD, path, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).unwrap();
 }
 
-fn entries(tree: &LayerTree) -> Vec<Entry> {
+fn entries(tree: &LayerTree) -> Vec<LayerEntry> {
     let mut entries = Vec::new();
     tree.walk(|e| {
         entries.push(e);

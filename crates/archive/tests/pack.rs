@@ -127,7 +127,7 @@ fn several_trees_lie_below_their_own_directories() {
     pipe("tar", &["-x", "-C", out.path().to_str().unwrap()], &bytes);
     assert_eq!(fs::read_to_string(out.path().join("x/g")).unwrap(), "text");
     let mut times = Vec::new();
-    let note = |e: shipway_archive::Entry| {
+    let note = |e: shipway_archive::LayerEntry| {
         times.push(e.mtime);
         Ok(())
     };

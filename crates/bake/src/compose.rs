@@ -20,8 +20,8 @@ use self::{
 };
 use crate::{
     File, Host, Options,
-    entry::{self, Attest, Entry, Secret, Ssh},
-    model::{Config, Group, Target, sanitized, unique},
+    entry::{self, Attest, ListEntry, Secret, Ssh},
+    model::{BakeConfig, Group, Target, sanitized, unique},
     source::MAX_FILE,
 };
 
@@ -64,7 +64,7 @@ fn text_of(data: &[u8], name: &str) -> Result<String> {
 }
 
 /// The targets of `files`, each over those before it.
-pub(crate) fn parse(files: &[&File], host: &dyn Host, options: &Options) -> Result<Config> {
+pub(crate) fn parse(files: &[&File], host: &dyn Host, options: &Options) -> Result<BakeConfig> {
     let mut variables = Variables { host, options, files: Vec::new() };
     let read = |path: &str| host.read(path).map_err(|e| Fault::io(format!("read {path}"), e));
     if let Some(data) = read(".env")? {
@@ -385,12 +385,12 @@ impl Loader<'_> {
         Ok(())
     }
 
-    fn config(&self, model: &Map) -> Result<Config> {
+    fn config(&self, model: &Map) -> Result<BakeConfig> {
         let no_map = Map::new();
         let services = model.get("services").and_then(Yaml::as_map).unwrap_or(&no_map);
         let secrets = model.get("secrets").and_then(Yaml::as_map).unwrap_or(&no_map);
         consistent(services, secrets)?;
-        let mut config = Config::default();
+        let mut config = BakeConfig::default();
         if services.is_empty() {
             return Ok(config);
         }
@@ -493,7 +493,7 @@ impl Loader<'_> {
                         _ => None,
                     };
                     found.ok_or_else(|| {
-                        Fault::invalid(format!("ulimits.{name}.{key} is no whole number"))
+                        Fault::invalid(format!("ulimits.{name}.{key} is not a whole number"))
                     })
                 };
                 let (soft, hard) = match limit {
@@ -520,7 +520,7 @@ impl Loader<'_> {
             for secret in list.iter().filter_map(Yaml::as_map) {
                 let source = secret.get("source").and_then(Yaml::as_str).unwrap_or_default();
                 let of = secrets.get(source).and_then(Yaml::as_map);
-                let told = |key: &str| {
+                let field = |key: &str| {
                     of.and_then(|of| of.get(key))
                         .and_then(Yaml::as_str)
                         .unwrap_or_default()
@@ -531,8 +531,8 @@ impl Loader<'_> {
                 }
                 used.push(Secret {
                     id: source.to_owned(),
-                    src: told("file"),
-                    env: told("environment"),
+                    src: field("file"),
+                    env: field("environment"),
                 });
             }
         }
@@ -952,7 +952,7 @@ fn extend(target: &mut Target, extension: &Yaml) -> Result<()> {
             })
         }
     };
-    fn entries<E: Entry>(list: &mut Option<Vec<E>>, texts: &[String]) -> Result<()> {
+    fn entries<E: ListEntry>(list: &mut Option<Vec<E>>, texts: &[String]) -> Result<()> {
         if !texts.is_empty() {
             let more = entry::parse_all(texts).map_err(Fault::invalid)?;
             *list = Some(entry::merged(list.take().unwrap_or_default(), &more));

@@ -48,7 +48,7 @@ pub(crate) fn convertible(from: &Type, to: &Type, is_unsafe: bool) -> bool {
     }
 }
 
-/// The type of the elements of a collection: as told, or what they have in common.
+/// The type of the elements of a collection: as given, or what they have in common.
 fn common<'t>(
     wanted: &Type,
     types: impl Iterator<Item = &'t Type>,
@@ -64,7 +64,7 @@ fn common<'t>(
     }
 }
 
-/// `to` without the attributes that may be missing being told so, as the type of a value.
+/// `to` without marks of optional attributes, as the type of a value.
 fn settled(to: &Type) -> Type {
     match to {
         Type::List(of) => Type::list(settled(of)),

@@ -15,7 +15,7 @@ pub enum Devices {
     All,
 }
 
-/// What is granted, by `--allow` or by who sets it.
+/// What is granted, by `--allow` or by the caller.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Granted {
     /// The network of the host.
@@ -49,7 +49,7 @@ impl Granted {
                     granted.read.push(rest.to_owned());
                     granted.write.push(rest.to_owned());
                 }
-                // Understood by other programs, and asked for by nobody.
+                // Other programs accept these, and nothing requires them.
                 "image.push" | "image.load" | "image" => {}
                 _ => {
                     let fault = Fault::invalid(format!("unknown entitlement key {key:?}"));

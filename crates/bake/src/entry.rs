@@ -31,11 +31,11 @@ fn word(key: &str, value: &str) -> String {
 }
 
 /// An entry of a list in a target.
-pub(crate) trait Entry: Clone + PartialEq + Sized {
-    /// The entries that a text tells.
+pub(crate) trait ListEntry: Clone + PartialEq + Sized {
+    /// The entries that a text describes.
     fn parse(text: &str) -> Result<Vec<Self>>;
 
-    /// The entry that an object tells.
+    /// The entry that an object describes.
     fn of_fields(fields: BTreeMap<String, Value>) -> Result<Self>;
 
     /// As an expression sees it.
@@ -49,7 +49,7 @@ pub(crate) trait Entry: Clone + PartialEq + Sized {
     /// Without those that are there twice.
     fn unique(all: Vec<Self>) -> Vec<Self>;
 
-    /// The entries that an attribute tells; `None` if it is null.
+    /// The entries that an attribute describes; `None` if it is null.
     fn of_value(value: &Value) -> Result<Option<Vec<Self>>> {
         if value.is_null() {
             return Ok(None);
@@ -84,13 +84,13 @@ pub(crate) trait Entry: Clone + PartialEq + Sized {
 }
 
 /// The entries of texts.
-pub(crate) fn parse_all<E: Entry>(texts: &[String]) -> Result<Vec<E>> {
+pub(crate) fn parse_all<E: ListEntry>(texts: &[String]) -> Result<Vec<E>> {
     let each = texts.iter().filter(|t| !t.is_empty()).map(|t| E::parse(t));
     Ok(each.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// `all` of one list and then of another.
-pub(crate) fn merged<E: Entry>(mut one: Vec<E>, other: &[E]) -> Vec<E> {
+pub(crate) fn merged<E: ListEntry>(mut one: Vec<E>, other: &[E]) -> Vec<E> {
     one.extend_from_slice(other);
     E::unique(one)
 }
@@ -149,9 +149,9 @@ pub struct Cache {
 }
 
 impl Cache {
-    fn checked(self, told: impl FnOnce() -> String) -> Result<Self> {
+    fn checked(self, written: impl FnOnce() -> String) -> Result<Self> {
         match self.kind.is_empty() {
-            true => Err(format!("type required form> {:?}", told())),
+            true => Err(format!("type required form> {:?}", written())),
             false => Ok(self),
         }
     }
@@ -176,7 +176,7 @@ impl Cache {
     }
 }
 
-impl Entry for Cache {
+impl ListEntry for Cache {
     fn parse(text: &str) -> Result<Vec<Self>> {
         // Only names: each is a cache.
         if !text.contains('=') {
@@ -186,10 +186,10 @@ impl Entry for Cache {
     }
 
     fn of_fields(fields: BTreeMap<String, Value>) -> Result<Self> {
-        let told = Value::object(fields.clone());
+        let written = Value::object(fields.clone());
         let mut attrs = texts(fields)?;
         let kind = attrs.remove("type").unwrap_or_default();
-        Self { kind, attrs }.checked(|| crate::functions::encode(&told))
+        Self { kind, attrs }.checked(|| crate::functions::encode(&written))
     }
 
     fn value(&self) -> Value {
@@ -256,7 +256,7 @@ impl Output {
     }
 }
 
-impl Entry for Output {
+impl ListEntry for Output {
     fn parse(text: &str) -> Result<Vec<Self>> {
         let fields = fields(text)?;
         if fields.len() == 1 && fields[0] == text && !text.starts_with("type=") {
@@ -322,7 +322,7 @@ pub struct Secret {
     pub env: String,
 }
 
-impl Entry for Secret {
+impl ListEntry for Secret {
     fn parse(text: &str) -> Result<Vec<Self>> {
         let (mut secret, mut kind) = (Self::default(), String::new());
         for field in &fields(text)? {
@@ -389,7 +389,7 @@ pub struct Ssh {
     pub paths: Vec<String>,
 }
 
-impl Entry for Ssh {
+impl ListEntry for Ssh {
     fn parse(text: &str) -> Result<Vec<Self>> {
         Ok(vec![match text.split_once('=') {
             Some((id, paths)) => {
@@ -460,7 +460,7 @@ impl Attest {
     }
 }
 
-impl Entry for Attest {
+impl ListEntry for Attest {
     fn parse(text: &str) -> Result<Vec<Self>> {
         let mut attest = Self { kind: String::new(), disabled: false, attrs: BTreeMap::new() };
         for field in &fields(text)? {

@@ -20,7 +20,7 @@ use crate::{
     functions,
     json::Json,
     number::{self, Number},
-    problem::{Outcome, Place, Problem},
+    problem::{Outcome, Problem, SourceRange},
     source::{Expr, place},
     types,
     value::{Type, Value},
@@ -464,7 +464,7 @@ impl<'a> Evaluator<'a> {
             return Err(Problem::new("Call to unknown function", why).at(at_name()));
         }
         let mut values = Vec::new();
-        let mut places: Vec<Option<Place>> = Vec::new();
+        let mut places: Vec<Option<SourceRange>> = Vec::new();
         for (n, arg) in args.iter().enumerate() {
             let value = self.expression(arg, source, scope)?;
             if call.args.expand_final() && n + 1 == args.len() {
@@ -501,7 +501,7 @@ impl<'a> Evaluator<'a> {
         name: &str,
         function: &UserFunction<'_>,
         mut values: Vec<Value>,
-        places: &[Option<Place>],
+        places: &[Option<SourceRange>],
     ) -> Outcome<Value> {
         let wanted = function.params.len();
         if values.len() < wanted {

@@ -6,12 +6,12 @@ use shipway_fault::{Fault, Result};
 
 use crate::{
     Host, Variable, compose,
-    model::Config,
-    resolve::{self, Given},
+    model::BakeConfig,
+    resolve::{self, EvalInputs},
     source::{MAX_FILE, Source},
 };
 
-/// The names of files that are looked for where none are told, in this order.
+/// The names of files that are looked for where none are given, in this order.
 pub const DEFAULT_FILES: [&str; 8] = [
     "compose.yaml",
     "compose.yml",
@@ -47,7 +47,7 @@ pub struct Options {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parsed {
     /// Its targets and groups.
-    pub config: Config,
+    pub config: BakeConfig,
     /// Its variables.
     pub variables: Vec<Variable>,
 }
@@ -84,7 +84,7 @@ pub fn parse(files: &[File], host: &dyn Host, options: &Options) -> Result<Parse
         };
         sources.push(source?);
     }
-    let mut config = Config::default();
+    let mut config = BakeConfig::default();
     if !composes.is_empty() {
         config = compose::parse(&composes, host, options)
             .map_err(|f| f.context("failed to parse compose file"))?
@@ -92,8 +92,11 @@ pub fn parse(files: &[File], host: &dyn Host, options: &Options) -> Result<Parse
     }
     let mut variables = Vec::new();
     if !sources.is_empty() {
-        let given =
-            Given { builtins: &options.builtins, vars: &options.vars, use_env: !options.no_env };
+        let given = EvalInputs {
+            builtins: &options.builtins,
+            vars: &options.vars,
+            use_env: !options.no_env,
+        };
         let evaluated = resolve::resolve(&sources, host, &given, &mut config)
             .map_err(|problem| problem.into_fault(&sources))?;
         variables = evaluated.variables;

@@ -1,8 +1,8 @@
 //! Bake definitions: files in HCL, JSON or Compose's YAML become targets to build (rows
 //! `bx.bake.*`).
 //!
-//! - [`parse`] reads files and evaluates them to a [`Config`] of [`Target`]s and [`Group`]s.
-//! - [`Config::plan`] picks targets, merges what they inherit, applies `--set`, and adds those that
+//! - [`parse`] reads files and evaluates them to a [`BakeConfig`] of [`Target`]s and [`Group`]s.
+//! - [`BakeConfig::plan`] picks targets, merges what they inherit, applies `--set`, and adds those that
 //!   they use as contexts. A [`Plan`] serializes as `--print` shows it.
 //! - [`Granted`] is what `--allow` grants.
 //!
@@ -14,7 +14,7 @@
 //! variables, functions and blocks, each after what it asks for (`names`), with `eval` and
 //! `functions` over `value` and `convert`; `compose` makes targets of services; `model` merges.
 //!
-//! Dependencies worth a word: `hcl-edit` is the one kept parser of HCL that tells places;
+//! Dependencies worth a word: `hcl-edit` is the one maintained parser of HCL that keeps positions;
 //! `saphyr-parser` reads YAML as in `cdi`; `regex`, `jiff`, `base64`, `unicode-segmentation` and
 //! the digests are what functions of definitions calculate.
 
@@ -43,7 +43,7 @@ use std::{io, time::SystemTime};
 pub use entitlements::{Devices, Granted};
 pub use entry::{Attest, Cache, Output, Secret, Ssh};
 pub use files::{DEFAULT_FILES, File, Options, Parsed, parse};
-pub use model::{Config, Group, Plan, Target};
+pub use model::{BakeConfig, Group, Plan, Target};
 pub use source::MAX_FILE;
 
 /// What definitions may ask of their surroundings.
@@ -73,7 +73,7 @@ pub struct Variable {
     /// What it is for.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// Its type; empty if it was not told.
+    /// Its type; empty if it was not set.
     #[serde(rename = "type", skip_serializing_if = "String::is_empty")]
     pub kind: String,
     /// Its value; `None` for null.

@@ -9,7 +9,7 @@ use shipway_gocompat::{Glob, has_wildcards, parse_bool};
 use crate::{
     Host,
     entitlements::Granted,
-    entry::{self, Attest, Cache, Entry, Output, Secret, Ssh},
+    entry::{self, Attest, Cache, ListEntry, Output, Secret, Ssh},
 };
 
 /// Targets that inherit from one another, or are contexts of one another, in a row, at most.
@@ -36,7 +36,7 @@ fn null_if_empty<S: Serializer>(
     if list.is_empty() { serializer.serialize_none() } else { list.serialize(serializer) }
 }
 
-/// Something to build. What is `None` or empty was not told; an empty list that is told overrides.
+/// Something to build. What is `None` or empty was not set; an empty list that is set overrides.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Target {
     /// Its name.
@@ -114,17 +114,17 @@ fn replace<T: Clone>(value: &mut Option<T>, with: &Option<T>) {
 }
 
 /// Entries of one list are followed by those of another, each once.
-fn join<E: Entry>(list: &mut Option<Vec<E>>, more: &Option<Vec<E>>) {
+fn join<E: ListEntry>(list: &mut Option<Vec<E>>, more: &Option<Vec<E>>) {
     if let Some(more) = more {
         let all = entry::merged(list.take().unwrap_or_default(), more);
         *list = (!all.is_empty()).then_some(all);
     }
 }
 
-/// What is there; null is no value.
+/// Sets what has a value: null is none.
 fn set(map: &mut BTreeMap<String, Option<String>>, more: &BTreeMap<String, Option<String>>) {
-    let told = more.iter().filter(|(_, v)| v.is_some());
-    map.extend(told.map(|(k, v)| (k.clone(), v.clone())));
+    let present = more.iter().filter(|(_, v)| v.is_some());
+    map.extend(present.map(|(k, v)| (k.clone(), v.clone())));
 }
 
 /// Without empty ones and doubles.
@@ -136,7 +136,7 @@ fn normal(list: &mut Option<Vec<String>>) {
 }
 
 impl Target {
-    /// What `other` tells is added to what is there or takes its place.
+    /// What `other` sets is added to what is there or takes its place.
     pub(crate) fn merge(&mut self, other: &Self) {
         replace(&mut self.context, &other.context);
         replace(&mut self.dockerfile, &other.dockerfile);
@@ -171,7 +171,7 @@ impl Target {
     }
 
     fn normalize(&mut self) {
-        fn unique<E: Entry>(list: &mut Option<Vec<E>>) {
+        fn unique<E: ListEntry>(list: &mut Option<Vec<E>>) {
             *list = list.take().map(E::unique).filter(|all| !all.is_empty());
         }
         normal(&mut self.annotations);
@@ -378,11 +378,11 @@ impl Override {
         }
     }
 
-    fn entries<E: Entry>(&self, list: &mut Option<Vec<E>>) -> Result<()> {
-        let told = entry::parse_all(&self.values).map_err(Fault::invalid)?;
+    fn entries<E: ListEntry>(&self, list: &mut Option<Vec<E>>) -> Result<()> {
+        let entries = entry::parse_all(&self.values).map_err(Fault::invalid)?;
         match self.append {
-            true => join(list, &Some(told)),
-            false => *list = Some(told),
+            true => join(list, &Some(entries)),
+            false => *list = Some(entries),
         }
         Ok(())
     }
@@ -393,7 +393,7 @@ type Overrides = BTreeMap<String, Override>;
 
 /// All targets and groups of a definition, before they inherit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Config {
+pub struct BakeConfig {
     /// Groups.
     pub groups: Vec<Group>,
     /// Targets.
@@ -421,7 +421,7 @@ pub(crate) fn sanitized(name: &str) -> String {
     name.replace('.', "_")
 }
 
-impl Config {
+impl BakeConfig {
     pub(crate) fn target(&self, name: &str) -> Option<&Target> {
         self.targets.iter().find(|t| t.name == name)
     }

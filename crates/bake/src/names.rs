@@ -88,7 +88,7 @@ impl<'e> Names<'e> {
             }
             Expression::FuncCall(call) => {
                 self.functions.push(call.name.name.as_str());
-                // The type that `convert` is told is no expression.
+                // The type that is passed to `convert` is not an expression.
                 let is_type = |n: usize| n == 1 && call.name.name.as_str() == "convert";
                 for (_, arg) in call.args.iter().enumerate().filter(|(n, _)| !is_type(*n)) {
                     self.expression(arg, own);

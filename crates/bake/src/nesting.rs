@@ -21,7 +21,7 @@ pub(crate) fn check(text: &str) -> Result<(), String> {
             }
             b'?' | b'!' | b'-' => {
                 in_row += usize::from(byte != b'?');
-                // A dash in a name or text is no level; a row of them would be.
+                // A dash in a name or text is not a level; a row of them would be.
                 if byte == b'?' || in_row > 3 {
                     if let Some(own) = open.last_mut() {
                         *own += 1;

@@ -1,7 +1,7 @@
 //! Numbers of definitions: decimals, exact as long as 38 digits are enough.
 //!
-//! Other programs count with binary fractions of 512 bits. Whoever adds, multiplies and prints
-//! decimals of a reasonable length sees no difference; a quotient that never ends has fewer digits
+//! Other programs count with binary fractions of 512 bits. Adding, multiplying and printing
+//! decimals of a reasonable length makes no difference; a quotient that never ends has fewer digits
 //! here.
 
 use std::{cmp::Ordering, fmt};

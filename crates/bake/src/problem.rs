@@ -4,7 +4,7 @@ use std::ops::Range;
 
 /// A stretch of a source: its number, and bytes of its text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct SourceRange {
     pub(crate) source: usize,
     pub(crate) bytes: Range<usize>,
 }
@@ -14,8 +14,8 @@ pub(crate) struct Place {
 pub(crate) struct Problem {
     /// What is wrong: a heading, a semicolon, a sentence.
     pub(crate) text: String,
-    pub(crate) place: Option<Place>,
-    /// It is no more than a name that means nothing, which who only looks ahead passes over.
+    pub(crate) place: Option<SourceRange>,
+    /// It is only an unknown name, which evaluation ahead of time passes over.
     pub(crate) undefined: bool,
 }
 
@@ -37,7 +37,7 @@ impl Problem {
     }
 
     /// With a place, if none is known.
-    pub(crate) fn at(mut self: Box<Self>, place: Option<Place>) -> Box<Self> {
+    pub(crate) fn at(mut self: Box<Self>, place: Option<SourceRange>) -> Box<Self> {
         if self.place.is_none() {
             self.place = place;
         }

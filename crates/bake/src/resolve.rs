@@ -12,15 +12,15 @@ use shipway_gocompat::{csv_fields, parse_bool};
 use crate::{
     Host, Variable,
     convert::convert,
-    entry::{Attest, Cache, Entry, Output, Secret, Ssh},
+    entry::{Attest, Cache, ListEntry, Output, Secret, Ssh},
     eval::{Evaluator, Scope, UserFunction},
     functions,
     json::Json,
-    model::{Config, Group, Target, unique},
+    model::{BakeConfig, Group, Target, unique},
     names,
     number::Number,
-    problem::{Outcome, Place, Problem},
-    source::{Attribute, Block, Expr, Part, Source},
+    problem::{Outcome, Problem, SourceRange},
+    source::{Attribute, Block, BlockBody, Expr, Source},
     types,
     value::{Type, Value},
 };
@@ -29,7 +29,7 @@ use crate::{
 const MAX_MATRIX: usize = 10_000;
 
 /// What is known of the definition beside its files.
-pub(crate) struct Given<'g> {
+pub(crate) struct EvalInputs<'g> {
     /// Built-in variables.
     pub(crate) builtins: &'g BTreeMap<String, String>,
     /// Values of `--var`.
@@ -39,8 +39,8 @@ pub(crate) struct Given<'g> {
 }
 
 struct VariableBlock<'a> {
-    body: Part<'a>,
-    place: Option<Place>,
+    body: BlockBody<'a>,
+    place: Option<SourceRange>,
     /// The type, once it was read.
     ty: Option<Type>,
 }
@@ -49,7 +49,7 @@ struct VariableBlock<'a> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
     Text,
-    /// A text that is empty where it is not told, and never null.
+    /// A text that is empty where it is not set, and never null.
     PlainText,
     Truth,
     Texts,
@@ -126,7 +126,7 @@ impl Shape {
         }
     }
 
-    /// What an expression sees where nothing was told.
+    /// What an expression sees where nothing was set.
     fn unset(self) -> Value {
         match self {
             Self::PlainText => Value::string(""),
@@ -135,14 +135,14 @@ impl Shape {
     }
 
     fn decode(self, value: &Value) -> Result<(Decoded, Value), String> {
-        fn entries<E: Entry>(value: &Value) -> Result<(Option<Vec<E>>, Value), String> {
-            let told = E::of_value(value)?;
-            let seen = told.as_ref().map(|all| all.iter().map(E::value).collect());
+        fn entries<E: ListEntry>(value: &Value) -> Result<(Option<Vec<E>>, Value), String> {
+            let entries = E::of_value(value)?;
+            let seen = entries.as_ref().map(|all| all.iter().map(E::value).collect());
             let seen = match seen {
                 Some(all) => Value::list(E::ty(), all),
                 None => Value::Null(Type::list(E::ty())),
             };
-            Ok((told, seen))
+            Ok((entries, seen))
         }
         const NULL: &str = "null value is not allowed";
         match self {
@@ -206,12 +206,12 @@ struct BlockState<'a> {
 /// The state of an evaluation.
 struct Resolver<'a> {
     eval: Evaluator<'a>,
-    given: &'a Given<'a>,
+    given: &'a EvalInputs<'a>,
     variables: BTreeMap<String, VariableBlock<'a>>,
     /// In the order of the files, for what is reported first.
     variable_order: Vec<String>,
     attributes: BTreeMap<String, Attribute<'a>>,
-    functions: BTreeMap<String, (Part<'a>, Option<Place>)>,
+    functions: BTreeMap<String, (BlockBody<'a>, Option<SourceRange>)>,
     blocks: Vec<BlockState<'a>>,
     /// Blocks that make targets or groups of a name.
     by_name: HashMap<(&'static str, String), Vec<usize>>,
@@ -228,8 +228,8 @@ pub(crate) struct Evaluated {
 pub(crate) fn resolve(
     sources: &[Source],
     host: &dyn Host,
-    given: &Given<'_>,
-    config: &mut Config,
+    given: &EvalInputs<'_>,
+    config: &mut BakeConfig,
 ) -> Outcome<Evaluated> {
     let mut resolver = Resolver {
         eval: Evaluator::new(host),
@@ -243,18 +243,18 @@ pub(crate) fn resolve(
         variables_begun: HashSet::new(),
         functions_begun: HashSet::new(),
     };
-    let bodies: Vec<Part<'_>> =
+    let bodies: Vec<BlockBody<'_>> =
         sources.iter().enumerate().map(|(n, s)| s.body(n)).collect::<Outcome<_>>()?;
     resolver.collect(&bodies)?;
     resolver.run(config)
 }
 
-fn is_reserved(given: &Given<'_>, name: &str) -> bool {
+fn is_reserved(given: &EvalInputs<'_>, name: &str) -> bool {
     name == "target" || name == "group" || given.builtins.contains_key(name)
 }
 
 impl<'a> Resolver<'a> {
-    fn collect(&mut self, bodies: &[Part<'a>]) -> Outcome<()> {
+    fn collect(&mut self, bodies: &[BlockBody<'a>]) -> Outcome<()> {
         for body in bodies {
             for block in body.blocks("variable", 1)? {
                 let name = block.labels[0];
@@ -287,7 +287,7 @@ impl<'a> Resolver<'a> {
         Ok(())
     }
 
-    fn run(mut self, config: &mut Config) -> Outcome<Evaluated> {
+    fn run(mut self, config: &mut BakeConfig) -> Outcome<Evaluated> {
         for name in self.given.builtins.keys() {
             self.variable(name)?;
         }
@@ -312,8 +312,8 @@ impl<'a> Resolver<'a> {
         Ok(Evaluated { variables })
     }
 
-    /// Evaluates what `expr` asks for. With `lenient`, names that mean nothing are left to whoever
-    /// evaluates it.
+    /// Evaluates what `expr` asks for. With `lenient`, names that mean nothing are left to its
+    /// evaluation.
     fn prepare(&mut self, expr: Expr<'a>, own: &[&str], lenient: bool) -> Outcome<()> {
         let asked = names::of(expr);
         let pass = |done: Outcome<()>| match done {
@@ -590,7 +590,7 @@ fn check_name(name: &str) -> Outcome<()> {
 
 /// Targets and groups.
 impl<'a> Resolver<'a> {
-    fn targets(&mut self, config: &mut Config) -> Outcome<()> {
+    fn targets(&mut self, config: &mut BakeConfig) -> Outcome<()> {
         for n in 0..self.blocks.len() {
             let place = self.blocks[n].block.place.clone();
             let instances = self.instances(n).map_err(|p| p.at(place))?;
@@ -930,10 +930,10 @@ fn primitive(name: &str, text: &str, ty: &Type) -> Result<Value, String> {
         Type::String => Ok(Value::string(text)),
         Type::Bool => parse_bool(text)
             .map(Value::Bool)
-            .ok_or_else(|| format!("failed to parse {name} as bool: {text:?} is no truth value")),
-        Type::Number => Number::parse(text)
-            .map(Value::Number)
-            .ok_or_else(|| format!("failed to parse {name} as number: {text:?} is no number")),
+            .ok_or_else(|| format!("failed to parse {name} as bool: {text:?} is not a valid bool")),
+        Type::Number => Number::parse(text).map(Value::Number).ok_or_else(|| {
+            format!("failed to parse {name} as number: {text:?} is not a valid number")
+        }),
         _ => Err(format!("{name} of type {ty} is not a primitive")),
     }
 }

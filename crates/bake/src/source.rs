@@ -8,7 +8,7 @@ use shipway_fault::{Detail, Fault, Position, SourceFile, Span};
 use crate::{
     json::Json,
     nesting,
-    problem::{Outcome, Place, Problem},
+    problem::{Outcome, Problem, SourceRange},
 };
 
 /// Bytes of a file, at most.
@@ -40,7 +40,7 @@ impl Source {
             Err((why, at)) => {
                 let end =
                     text[at.min(text.len())..].chars().next().map_or(at, |c| at + c.len_utf8());
-                let place = Place { source: number, bytes: at..end };
+                let place = SourceRange { source: number, bytes: at..end };
                 let problem = Problem::new("Invalid HCL", why).at(Some(place));
                 Err(Box::new((made(Tree::Json(Json::Null)), *problem)))
             }
@@ -56,10 +56,10 @@ impl Source {
     }
 
     /// All of it.
-    pub(crate) fn body(&self, number: usize) -> Outcome<Part<'_>> {
+    pub(crate) fn body(&self, number: usize) -> Outcome<BlockBody<'_>> {
         match &self.tree {
-            Tree::Hcl(body) => Ok(Part::Hcl(body, number)),
-            Tree::Json(json) => Part::of_json(json, number),
+            Tree::Hcl(body) => Ok(BlockBody::Hcl(body, number)),
+            Tree::Json(json) => BlockBody::of_json(json, number),
         }
     }
 }
@@ -72,7 +72,7 @@ pub(crate) enum Expr<'a> {
 }
 
 impl Expr<'_> {
-    pub(crate) fn place(&self) -> Option<Place> {
+    pub(crate) fn place(&self) -> Option<SourceRange> {
         match self {
             Self::Hcl(expression, source) => place(*expression, *source),
             Self::Json(..) => None,
@@ -80,8 +80,8 @@ impl Expr<'_> {
     }
 }
 
-pub(crate) fn place(spanned: &impl hcl_edit::Span, source: usize) -> Option<Place> {
-    spanned.span().map(|bytes| Place { source, bytes })
+pub(crate) fn place(spanned: &impl hcl_edit::Span, source: usize) -> Option<SourceRange> {
+    spanned.span().map(|bytes| SourceRange { source, bytes })
 }
 
 /// An attribute: what it is called and what it is.
@@ -94,19 +94,19 @@ pub(crate) struct Attribute<'a> {
 /// A block.
 pub(crate) struct Block<'a> {
     pub(crate) labels: Vec<&'a str>,
-    pub(crate) body: Part<'a>,
-    pub(crate) place: Option<Place>,
+    pub(crate) body: BlockBody<'a>,
+    pub(crate) place: Option<SourceRange>,
 }
 
 /// What is between the braces of a block, or a file.
 #[derive(Clone)]
-pub(crate) enum Part<'a> {
+pub(crate) enum BlockBody<'a> {
     Hcl(&'a Body, usize),
     /// Members of one object, or of several that count as one.
     Json(Vec<&'a (crate::json::Text, Json)>, usize),
 }
 
-impl<'a> Part<'a> {
+impl<'a> BlockBody<'a> {
     fn of_json(json: &'a Json, source: usize) -> Outcome<Self> {
         let mut members = Vec::new();
         let mut add = |json: &'a Json| match json {
@@ -141,7 +141,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// All attributes. In JSON everything is one that is not told to be a block.
+    /// All attributes. In JSON everything is one that is not named as a block.
     pub(crate) fn attributes(&self) -> Vec<Attribute<'a>> {
         match self {
             Self::Hcl(body, source) => body
@@ -196,14 +196,14 @@ impl<'a> Part<'a> {
 }
 
 /// The block's first line: type and labels.
-fn head(block: &hcl_edit::structure::Block, source: usize) -> Option<Place> {
+fn head(block: &hcl_edit::structure::Block, source: usize) -> Option<SourceRange> {
     let start = block.ident.span().or_else(|| block.span())?.start;
     let last = block.labels.last().and_then(|label| match label {
         hcl_edit::structure::BlockLabel::Ident(i) => i.span(),
         hcl_edit::structure::BlockLabel::String(s) => s.span(),
     });
     let bytes: Range<usize> = start..last.or_else(|| block.ident.span())?.end;
-    Some(Place { source, bytes })
+    Some(SourceRange { source, bytes })
 }
 
 /// Members are labels until there are enough of them; then there are bodies.
@@ -216,7 +216,7 @@ fn json_blocks<'a>(
 ) -> Outcome<()> {
     if names.len() == labels {
         let mut add = |body| -> Outcome<()> {
-            let body = Part::of_json(body, source)?;
+            let body = BlockBody::of_json(body, source)?;
             found.push(Block { labels: names.clone(), body, place: None });
             Ok(())
         };
@@ -226,7 +226,7 @@ fn json_blocks<'a>(
             other => add(other),
         };
     }
-    let Part::Json(members, _) = Part::of_json(json, source)? else { return Ok(()) };
+    let BlockBody::Json(members, _) = BlockBody::of_json(json, source)? else { return Ok(()) };
     for (key, value) in members.into_iter().filter(|(key, _)| key.raw != "//") {
         names.push(&key.raw);
         json_blocks(value, labels, source, names, found)?;

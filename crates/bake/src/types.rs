@@ -21,7 +21,7 @@ pub(crate) fn constraint(expr: Expr<'_>) -> Outcome<Type> {
         }
         Expr::Json(Json::Text(text), _) => match text.raw.parse::<Expression>() {
             Ok(expression) if crate::nesting::check(&text.raw).is_ok() => parse(&expression),
-            _ => Err(Problem::new(HEADING, format!("{:?} is no type.", text.raw))),
+            _ => Err(Problem::new(HEADING, format!("{:?} is not a type.", text.raw))),
         },
         Expr::Json(..) => Err(Problem::new(HEADING, "A type is written as a text.")),
     }

@@ -15,7 +15,7 @@ pub(crate) struct Field {
 /// The type of a value, or what a value has to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Type {
-    /// Any type; of a value, that of a null that nobody gave a type.
+    /// Any type; of a value, that of a null without a type.
     Dynamic,
     Bool,
     Number,

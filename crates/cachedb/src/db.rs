@@ -24,7 +24,7 @@ type Key = [u8; 32];
 /// Key to primary key; a primary leads to itself. Outlives its record as long as the records of
 /// results that were made of it, so that these are found, and later results get the same primary.
 const ALIASES: TableDefinition<Key, Key> = TableDefinition::new("aliases");
-/// Primary key to a [`Stored`] in JSON.
+/// Primary key to a [`StoredRecord`] in JSON.
 const RECORDS: TableDefinition<Key, &[u8]> = TableDefinition::new("records");
 /// Name of a result to the primaries of its records.
 const RESULTS: MultimapTableDefinition<&str, Key> = MultimapTableDefinition::new("results");
@@ -62,7 +62,7 @@ pub struct Record {
 }
 
 #[derive(Serialize, Deserialize)]
-pub(crate) struct Stored {
+pub(crate) struct StoredRecord {
     result: String,
     /// Seconds since 1970.
     created: u64,
@@ -79,7 +79,7 @@ pub(crate) struct Stored {
     contents: Vec<Option<Digest>>,
 }
 
-impl Stored {
+impl StoredRecord {
     fn new(result: String, meta: &RecordMeta) -> Self {
         let created =
             SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
@@ -274,7 +274,9 @@ impl Inner {
             let (primary, bytes) = record.map_err(fault)?;
             useful.insert(primary.value());
             kept.insert(primary.value());
-            let Ok(stored) = serde_json::from_slice::<Stored>(bytes.value()) else { continue };
+            let Ok(stored) = serde_json::from_slice::<StoredRecord>(bytes.value()) else {
+                continue;
+            };
             useful.extend(stored.inputs.iter().flat_map(|(keys, _)| keys).map(|k| *k.as_bytes()));
         }
         aliases.retain(|_, primary| useful.contains(&primary)).map_err(fault)?;
@@ -361,7 +363,7 @@ impl Inner {
         Ok(self.record(primary)?.map(|r| r.result))
     }
 
-    pub(crate) fn record(&self, primary: &CacheKey) -> Result<Option<Stored>> {
+    pub(crate) fn record(&self, primary: &CacheKey) -> Result<Option<StoredRecord>> {
         let tx = self.db.begin_read().map_err(fault)?;
         let records = tx.open_table(RECORDS).map_err(fault)?;
         let Some(bytes) = records.get(key(primary)).map_err(fault)? else { return Ok(None) };
@@ -370,7 +372,7 @@ impl Inner {
     }
 
     /// The latest record that is found by `name`, one of [`RecordMeta::similar`].
-    pub(crate) fn similar(&self, name: &Digest) -> Result<Option<Stored>> {
+    pub(crate) fn similar(&self, name: &Digest) -> Result<Option<StoredRecord>> {
         let tx = self.db.begin_read().map_err(fault)?;
         let similar = tx.open_table(SIMILAR).map_err(fault)?;
         let primary = similar.get(*name.as_bytes()).map_err(fault)?.map(|p| cache_key(p.value()));
@@ -447,9 +449,9 @@ impl Inner {
             let before = records
                 .get(primary)
                 .map_err(fault)?
-                .and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
+                .and_then(|b| serde_json::from_slice::<StoredRecord>(b.value()).ok());
             if replace(before.as_ref().map(|b| b.result.as_str())) {
-                let stored = Stored::new(result, meta);
+                let stored = StoredRecord::new(result, meta);
                 let bytes = serde_json::to_vec(&stored)
                     .map_err(|e| Fault::internal(format!("encode a cache record: {e}")))?;
                 records.insert(primary, bytes.as_slice()).map_err(fault)?;
@@ -489,7 +491,7 @@ impl Inner {
             let now = records
                 .get(key(primary))
                 .map_err(fault)?
-                .and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
+                .and_then(|b| serde_json::from_slice::<StoredRecord>(b.value()).ok());
             if now.is_some_and(|r| r.result == result) {
                 records.remove(key(primary)).map_err(fault)?;
                 tx.open_multimap_table(RESULTS)

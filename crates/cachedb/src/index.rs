@@ -2,7 +2,7 @@
 
 use crate::{
     Record,
-    db::{Inner, Stored, blocking, keep_flushing},
+    db::{Inner, StoredRecord, blocking, keep_flushing},
 };
 use async_trait::async_trait;
 use shipway_fault::{Context as _, Result};
@@ -50,7 +50,7 @@ impl<O> CacheDb<O> {
     /// The record under the primary of `key`.
     pub fn record(&self, key: &CacheKey) -> Result<Option<Record>> {
         let Some(primary) = self.inner.primary(key)? else { return Ok(None) };
-        Ok(self.inner.record(&primary)?.map(Stored::into_record))
+        Ok(self.inner.record(&primary)?.map(StoredRecord::into_record))
     }
 
     /// Primaries of the records of a result.
@@ -68,8 +68,8 @@ impl<O> CacheDb<O> {
         blocking(move || inner.aliases_of(&primaries)).await
     }
 
-    /// Drops all records of results that are no more, and returns how many; without it they go when
-    /// they are next looked for. Keys stay known while they may lead to something.
+    /// Drops all records of results that no longer exist, and returns how many; without it they go
+    /// when they are next looked for. Keys stay known while they may lead to something.
     pub async fn forget_results(&self, results: Vec<String>) -> Result<usize> {
         let inner = self.inner.clone();
         blocking(move || inner.forget_results(&results))

@@ -124,7 +124,7 @@ fn list(dir: &Path, problems: &mut Vec<String>) -> Vec<PathBuf> {
     files
 }
 
-/// The text of a regular file. Opening it neither waits for anybody nor makes a terminal ours.
+/// The text of a regular file. Opening it neither waits for a peer nor makes a terminal ours.
 fn read_file(path: &Path) -> Result<String, String> {
     let words = |e: Errno| std::io::Error::from(e).to_string();
     let fd = rustix::fs::open(

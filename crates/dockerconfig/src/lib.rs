@@ -50,7 +50,7 @@ pub struct DockerConfig {
     tls: BTreeMap<String, AuthTls>,
 }
 
-/// How to speak TLS with those who give tokens for a registry.
+/// TLS settings for servers that issue tokens for a registry.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AuthTls {
     /// Files of root certificates besides the machine's.

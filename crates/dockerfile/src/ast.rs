@@ -306,9 +306,9 @@ pub enum MountKind {
 /// Who may use a cache mount at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Sharing {
-    /// Everybody.
+    /// All steps at once.
     Shared,
-    /// Everybody has their own.
+    /// Each step has its own.
     Private,
     /// One after the other.
     Locked,

@@ -16,7 +16,7 @@ pub(crate) fn parse_line(line: &str) -> Option<(String, String)> {
     }
     let end = value.trim_end_matches(blank);
     if end.is_empty() {
-        // A value of blanks only is a blank; no value is no directive.
+        // A value of blanks only is a blank; without a value it is not a directive.
         return value.chars().next_back().map(|c| (name, c.to_string()));
     }
     Some((name, end.trim_start_matches(blank).to_owned()))
@@ -55,7 +55,7 @@ impl Directives {
 
 /// A directive found without parsing the whole file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct FoundDirective {
     /// The value up to the first blank: for `syntax` the image.
     pub first_word: String,
     /// The whole value: for `syntax` the command line.
@@ -65,7 +65,7 @@ pub struct Found {
 }
 
 /// The directive `name` (`syntax`, `escape` or `check`) of a Dockerfile.
-pub fn find(name: &str, text: &[u8]) -> Option<Found> {
+pub fn find(name: &str, text: &[u8]) -> Option<FoundDirective> {
     let (text, before) = without_shebang(text);
     in_comments(name, text, "#", before)
 }
@@ -73,14 +73,14 @@ pub fn find(name: &str, text: &[u8]) -> Option<Found> {
 /// The frontend a file asks for, in any of the forms the reference accepts: `# syntax=`,
 /// `// syntax=` or a JSON object with a key `syntax`; a first line `#!…` is passed over (row
 /// `df.dir.syntax`).
-pub fn syntax(text: &[u8]) -> Option<Found> {
+pub fn syntax(text: &[u8]) -> Option<FoundDirective> {
     let (text, before) = without_shebang(text);
     in_comments("syntax", text, "#", before)
         .or_else(|| in_comments("syntax", text, "//", before))
         .or_else(|| {
             let value = crate::json::object_member(&String::from_utf8_lossy(text), "syntax")?;
             // An object has no line of its own; the reference says how many lines it passed over.
-            Some(Found {
+            Some(FoundDirective {
                 first_word: value.clone(),
                 value,
                 lines: Lines { start: before, end: before },
@@ -97,7 +97,12 @@ fn without_shebang(text: &[u8]) -> (&[u8], i32) {
     (text.iter().position(|b| *b == b'\n').map_or(&[], |n| &text[n + 1..]), 1)
 }
 
-fn in_comments(name: &str, text: &[u8], comment: &'static str, before: i32) -> Option<Found> {
+fn in_comments(
+    name: &str,
+    text: &[u8],
+    comment: &'static str,
+    before: i32,
+) -> Option<FoundDirective> {
     let mut directives = Directives::new(comment);
     directives.line = before;
     for line in text.split(|b| *b == b'\n') {
@@ -109,7 +114,7 @@ fn in_comments(name: &str, text: &[u8], comment: &'static str, before: i32) -> O
     }
     let found = directives.found.into_iter().find(|d| d.name == name)?;
     let first_word = found.value.split(' ').next().unwrap_or_default().to_owned();
-    Some(Found {
+    Some(FoundDirective {
         first_word,
         value: found.value,
         lines: Lines { start: found.line, end: found.line },

@@ -10,7 +10,7 @@ use crate::{
 
 /// What a flag holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum FlagKind {
     /// `--link`, `--link=false`.
     Switch,
     /// `--chown=x`, once.
@@ -27,7 +27,7 @@ pub(crate) struct Flags {
 
 impl Flags {
     /// Checks `words` (`--name` or `--name=value`) against the flags `known`.
-    pub(crate) fn parse(words: &[String], known: &[(&'static str, Kind)]) -> Result<Self> {
+    pub(crate) fn parse(words: &[String], known: &[(&'static str, FlagKind)]) -> Result<Self> {
         let mut flags = Self::default();
         for word in words {
             let wrong = |message: String| Error::new(message).at(Token::Flag(word.clone()));
@@ -45,7 +45,7 @@ impl Flags {
                     known => error.hint(format!("its flags are {}", known.iter().map(|n| format!("--{n}")).collect::<Vec<_>>().join(", "))),
                 });
             };
-            if kind != Kind::List && flags.given.contains_key(name) {
+            if kind != FlagKind::List && flags.given.contains_key(name) {
                 return Err(wrong(format!("duplicate flag specified: --{name}")));
             }
             let missing = || {
@@ -53,10 +53,10 @@ impl Flags {
                     .hint(format!("write --{name}=<value>"))
             };
             let value = match (kind, value) {
-                (Kind::Switch, None) => "true".to_owned(),
-                (Kind::Switch, Some("")) => return Err(missing()),
+                (FlagKind::Switch, None) => "true".to_owned(),
+                (FlagKind::Switch, Some("")) => return Err(missing()),
                 // Unlike Go's ParseBool: no digits, no single letters, and any case.
-                (Kind::Switch, Some(value)) => match value.to_lowercase() {
+                (FlagKind::Switch, Some(value)) => match value.to_lowercase() {
                     value if value == "true" || value == "false" => value,
                     _ => {
                         let error = wrong(format!(

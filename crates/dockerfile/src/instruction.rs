@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::{
     ast::*,
     error::{Error, Result},
-    flags::{Flags, Kind},
+    flags::{FlagKind, Flags},
     heredoc,
     lines::{Keyword, Node},
     lint::{Finding, Linter},
@@ -178,7 +178,7 @@ fn from(node: Node, linter: &mut Linter) -> Result<Stage> {
                 .hint(example("FROM")));
         }
     };
-    let platform = Flags::parse(&node.flags, &[("platform", Kind::Text)])?.text("platform");
+    let platform = Flags::parse(&node.flags, &[("platform", FlagKind::Text)])?.text("platform");
     if !name.is_empty() {
         lint_description("FROM", &[&name], &node, linter);
     }
@@ -253,23 +253,23 @@ fn arg(node: &Node, linter: &mut Linter) -> Result<Arg> {
     Ok(Arg { args })
 }
 
-const COPY_FLAGS: [(&str, Kind); 6] = [
-    ("chmod", Kind::Text),
-    ("chown", Kind::Text),
-    ("exclude", Kind::List),
-    ("from", Kind::Text),
-    ("link", Kind::Switch),
-    ("parents", Kind::Switch),
+const COPY_FLAGS: [(&str, FlagKind); 6] = [
+    ("chmod", FlagKind::Text),
+    ("chown", FlagKind::Text),
+    ("exclude", FlagKind::List),
+    ("from", FlagKind::Text),
+    ("link", FlagKind::Switch),
+    ("parents", FlagKind::Switch),
 ];
 
-const ADD_FLAGS: [(&str, Kind); 7] = [
-    ("checksum", Kind::Text),
-    ("chmod", Kind::Text),
-    ("chown", Kind::Text),
-    ("exclude", Kind::List),
-    ("keep-git-dir", Kind::Switch),
-    ("link", Kind::Switch),
-    ("unpack", Kind::Switch),
+const ADD_FLAGS: [(&str, FlagKind); 7] = [
+    ("checksum", FlagKind::Text),
+    ("chmod", FlagKind::Text),
+    ("chown", FlagKind::Text),
+    ("exclude", FlagKind::List),
+    ("keep-git-dir", FlagKind::Switch),
+    ("link", FlagKind::Switch),
+    ("unpack", FlagKind::Switch),
 ];
 
 fn copy(node: &mut Node) -> Result<Copy> {
@@ -283,7 +283,11 @@ fn add(node: &mut Node) -> Result<Add> {
     Ok(Add { files, checksum: flags.text("checksum"), keep_git_dir, unpack })
 }
 
-fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Result<(Flags, Files)> {
+fn files(
+    node: &mut Node,
+    keyword: &str,
+    known: &[(&'static str, FlagKind)],
+) -> Result<(Flags, Files)> {
     if node.args.len() < 2 {
         let message = "requires at least two arguments, but only one was provided. Destination could not be determined";
         return Err(Error::new(format!("{keyword} {message}"))
@@ -333,10 +337,10 @@ fn command_line(node: &mut Node) -> CommandLine {
 
 fn run(node: &mut Node) -> Result<Run> {
     let known = [
-        ("device", Kind::List),
-        ("mount", Kind::List),
-        ("network", Kind::Text),
-        ("security", Kind::Text),
+        ("device", FlagKind::List),
+        ("mount", FlagKind::List),
+        ("network", FlagKind::Text),
+        ("security", FlagKind::Text),
     ];
     let flags = Flags::parse(&node.flags, &known)?;
     let devices =
@@ -448,7 +452,7 @@ fn healthcheck(node: &Node) -> Result<Healthcheck> {
         return Ok(Healthcheck { test: vec![kind], ..Healthcheck::default() });
     }
     let names = ["interval", "retries", "start-interval", "start-period", "timeout"];
-    let flags = Flags::parse(&node.flags, &names.map(|n| (n, Kind::Text)))?;
+    let flags = Flags::parse(&node.flags, &names.map(|n| (n, FlagKind::Text)))?;
     if kind != "CMD" {
         let error = Error::new(format!("Unknown type {} in HEALTHCHECK (try CMD)", quote(&kind)));
         return Err(error.at(Token::Word(0)).hint(example("HEALTHCHECK")));

@@ -71,7 +71,7 @@ async fn find(plan: &Plan<'_>, stage: &Stage, written: &str, needed: bool) -> Re
     let name: ImageName = written.parse().map_err(|e: NameError| {
         let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", quote(written)));
         Failure::from(fault.hint(format!(
-            "{} is no stage above and no image name: {}",
+            "{} is neither a stage above nor a valid image name: {}",
             quote(written),
             e.why
         )))

@@ -128,7 +128,7 @@ impl BuildContext {
         })
     }
 
-    /// Reads the options only: for who needs no Dockerfile.
+    /// Reads the options only: for callers that need no Dockerfile.
     pub fn without_file(bridge: Arc<dyn Bridge>) -> Result<Self> {
         let raw = bridge.options().clone();
         let options = BuildOptions::parse(&raw)?;
@@ -219,7 +219,7 @@ impl BuildContext {
             Ok(data) => Ok(data.to_vec()),
             Err(e) if e.is_cancelled() => Err(e),
             // No ignore file is the usual case; why it cannot be read does not matter here, and is
-            // told when the context is.
+            // reported when the context is read.
             Err(_) => Ok(Vec::new()),
         }
     }

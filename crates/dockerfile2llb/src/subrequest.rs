@@ -242,7 +242,7 @@ async fn outline(cx: &BuildContext) -> Result<FrontendResult> {
 }
 
 /// Converts everything and answers with what the rules found; a failing conversion is part of the
-/// answer (row `dfs.lint`). Who asks for columns gets all mistakes and the advice too.
+/// answer (row `dfs.lint`). Requests for columns get all mistakes and the advice too.
 async fn lint(cx: &BuildContext) -> Result<FrontendResult> {
     let config = lint_config(cx);
     let mut linter = Linter::new(config.as_ref().ok().cloned().unwrap_or_default());

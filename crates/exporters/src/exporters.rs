@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_type_is_told_what_there_is() {
+    fn an_unknown_type_is_answered_with_what_there_is() {
         let hint = |kind| unknown(kind).hints().map(str::to_owned).collect::<Vec<_>>().join("; ");
         assert_eq!(hint("locl"), "did you mean type=local?");
         assert_eq!(hint("xyzzy"), "use one of type=image, oci, docker, local, tar");

@@ -85,8 +85,8 @@ impl Blobs {
     }
 
     /// Repositories of the same registry that have the blob, by containerd's label or because it
-    /// would be fetched from there; the ones most like the target come first, since who may push
-    /// here may probably read there.
+    /// would be fetched from there; the ones most like the target come first, since a user that may
+    /// push here may probably read there.
     async fn mountable(&self, descriptor: &Descriptor, name: &ImageName) -> Vec<String> {
         if let Some(origin) = self.lazy.get(&descriptor.digest) {
             let origin = origin.parse::<ImageName>().ok();

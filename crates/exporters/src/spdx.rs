@@ -57,7 +57,7 @@ fn files(scan: &mut Value) -> impl Iterator<Item = &mut Value> {
     list(own).chain(list(packages).flat_map(|p| list(p.get_mut("files"))))
 }
 
-/// Where a file is, unless its comment is taken: scanners write there, too, and readers cannot tell
+/// Where a file is, unless its comment is taken: scanners write there, too, and readers cannot know
 /// what.
 fn path(file: &Value) -> Option<Vec<u8>> {
     if file["comment"].as_str().is_some_and(|c| !c.is_empty()) {

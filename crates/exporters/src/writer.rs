@@ -32,7 +32,7 @@ pub(crate) struct WrittenManifest {
     pub descriptor: Descriptor,
     pub config: Descriptor,
     pub layers: Vec<Descriptor>,
-    /// What each layer unpacks to; empty for what is no image.
+    /// What each layer unpacks to; empty for what is not an image.
     pub diff_ids: Vec<DiffId>,
     /// Layers that are not in the content store, and where they would be fetched from.
     pub lazy: BTreeMap<Digest, String>,
@@ -273,7 +273,7 @@ impl Writer<'_> {
         };
         let mut labels =
             children([config.digest].into_iter().chain(layers.iter().map(|l| l.digest)));
-        // Who builds on the image finds them there.
+        // Builds on top of the image find them there.
         labels.extend(
             lazy.iter().map(|(layer, origin)| (format!("{LAYER_ORIGIN}.{layer}"), origin.clone())),
         );

@@ -1,7 +1,7 @@
 //! Copying between roots (rows `file.copy*`).
 //!
-//! One thread walks; files are copied by several. A directory gets its times when the last who
-//! works in it is done, so that a copy has the times of its source throughout.
+//! One thread walks; files are copied by several. A directory gets its times when the last
+//! worker in it is done, so that a copy has the times of its source throughout.
 
 mod beside;
 mod data;

@@ -11,7 +11,7 @@ use crate::{
     walk::{self, Details, IDENTITY},
 };
 
-/// One entry, as far as it matters for telling whether it changed.
+/// One entry, as far as it matters for whether it changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KnownEntry {
     /// Path in the tree.

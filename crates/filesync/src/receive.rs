@@ -154,7 +154,7 @@ impl Receiver {
             let _ = outgoing.send(last).await;
             drop(outgoing);
             if result.is_ok() {
-                // Read to the end, so that the call ends in peace and not by being torn down.
+                // Read to the end, so that the call ends cleanly and not by being torn down.
                 while let Some(Ok(_)) = incoming.next().await {}
             }
         };

@@ -21,7 +21,7 @@ pub struct FileSyncRequest {
     pub exclude: Vec<String>,
     /// Paths to include with every link they lead through.
     pub follow: Vec<String>,
-    /// Whether files are to be told apart by more than size and time, by a client that can.
+    /// Whether files are to be distinguished by more than size and time, by a client that can.
     pub identify: bool,
 }
 

@@ -50,7 +50,7 @@ pub struct SendOptions {
     pub follow: Vec<String>,
     /// Sees every entry before it is sent.
     pub map: Option<Arc<MapFn>>,
-    /// Tell files apart by more than size and time, as the receiver asked
+    /// Distinguish files by more than size and time, as the receiver asked
     /// ([`crate::FileSyncRequest::identify`]).
     pub identify: bool,
 }
@@ -194,7 +194,8 @@ impl Sender {
     }
 }
 
-fn told(packet: &Packet) -> Fault {
+/// The error that a receiver reports.
+fn reported(packet: &Packet) -> Fault {
     Fault::unknown(format!("error from receiver: {}", String::from_utf8_lossy(&packet.data)))
 }
 
@@ -205,7 +206,7 @@ async fn last_words(
     let find = async {
         while let Some(Ok(packet)) = incoming.next().await {
             if packet.r#type() == PacketType::PacketErr {
-                return Some(told(&packet));
+                return Some(reported(&packet));
             }
         }
         None
@@ -258,7 +259,7 @@ impl Shared {
     /// Takes a packet from the receiver; true if it was the last.
     fn handle(&self, packet: Packet, requests: &UnboundedSender<Request>) -> Result<bool> {
         match packet.r#type() {
-            PacketType::PacketErr => Err(told(&packet)),
+            PacketType::PacketErr => Err(reported(&packet)),
             PacketType::PacketReq => {
                 let source = self.files.lock().get_mut(packet.id as usize).and_then(Option::take);
                 let source = source

@@ -62,7 +62,7 @@ struct Walk<'a, V> {
 pub(crate) struct Details {
     /// Extended attributes.
     pub(crate) xattrs: bool,
-    /// What tells files of equal size and time apart.
+    /// What distinguishes files of equal size and time.
     pub(crate) identities: bool,
 }
 

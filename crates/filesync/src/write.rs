@@ -133,7 +133,7 @@ impl FileWriter {
     }
 }
 
-/// Who hashes the file, if anybody does on the way.
+/// What hashes the file on the way, if it is hashed.
 pub(crate) fn hash_for<'a>(
     hash: Option<&'a Arc<dyn ContentHash>>,
     stat: &Stat,

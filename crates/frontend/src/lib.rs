@@ -87,7 +87,7 @@ pub struct FrontendResult {
     pub metadata: BTreeMap<String, Vec<u8>>,
     /// What is said of them, by platform id.
     pub attestations: BTreeMap<String, Vec<BuildAttestation>>,
-    /// Who can say more about a failure of these states.
+    /// What can say more about a failure of these states.
     pub explain: Option<Arc<dyn Explain>>,
 }
 

@@ -14,7 +14,7 @@ const CACHE_SYMLINKS: u64 = 1 << 23;
 const HAS_RESEND: u64 = 1 << 39;
 const ALLOW_IDMAP: u64 = 1 << 40;
 
-/// See [`Wanted::trees`].
+/// See [`InitOptions::trees`].
 const TREES: u64 = EXPORT_SUPPORT | DO_READDIRPLUS | READDIRPLUS_AUTO | POSIX_ACL | CACHE_SYMLINKS;
 
 /// The protocol's version that is spoken here; the kernel adapts to a lower minor number than its
@@ -39,13 +39,13 @@ pub struct InitRequest {
 
 /// What the server wants, where it is offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct InitOptions {
     /// Pages of one read at most. Linux has 256 unless `fs.fuse.max_pages_limit` says otherwise.
     pub max_pages: u16,
     /// Bytes of one write, of which there are none; the buffer for requests has to have room for
     /// them, so this is small.
     pub max_write: u32,
-    /// Reads that nobody waits for, at most at once.
+    /// Reads that no process waits for, at most at once.
     pub max_background: u16,
     /// Whether clones of the mount with mapped ids are allowed. The kernel breaks the connection
     /// off if it is not mounted with `default_permissions`.
@@ -56,7 +56,7 @@ pub struct Wanted {
     pub trees: bool,
 }
 
-impl Default for Wanted {
+impl Default for InitOptions {
     fn default() -> Self {
         Self { max_pages: 256, max_write: 4096, max_background: 64, idmap: false, trees: false }
     }
@@ -67,12 +67,12 @@ impl Default for Wanted {
 pub struct InitAnswer {
     pub(crate) max_readahead: u32,
     pub(crate) flags: u64,
-    pub(crate) wanted: Wanted,
+    pub(crate) wanted: InitOptions,
 }
 
 impl InitRequest {
     /// What to answer, or `None` if the kernel speaks an older protocol: that is `EPROTO`.
-    pub fn answer(&self, wanted: Wanted) -> Option<InitAnswer> {
+    pub fn answer(&self, wanted: InitOptions) -> Option<InitAnswer> {
         if self.major != MAJOR || self.minor < LOWEST_MINOR {
             return None;
         }
@@ -101,7 +101,7 @@ impl InitAnswer {
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
-        let Wanted { max_pages, max_write, max_background, .. } = self.wanted;
+        let InitOptions { max_pages, max_write, max_background, .. } = self.wanted;
         for word in [MAJOR, MINOR, self.max_readahead, self.flags as u32] {
             out.extend_from_slice(&word.to_ne_bytes());
         }
@@ -128,16 +128,16 @@ mod tests {
     #[test]
     fn only_what_is_offered_is_wanted() {
         let offer = |minor, flags| InitRequest { major: 7, minor, max_readahead: 131_072, flags };
-        let all = offer(45, u64::MAX).answer(Wanted::default()).expect("an answer");
+        let all = offer(45, u64::MAX).answer(InitOptions::default()).expect("an answer");
         assert!(all.can_resend() && !all.has_idmap());
         assert_eq!(
             all.flags,
             ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND
         );
-        let idmap = Wanted { idmap: true, ..Wanted::default() };
+        let idmap = InitOptions { idmap: true, ..InitOptions::default() };
         assert!(offer(45, u64::MAX).answer(idmap).expect("an answer").has_idmap());
         assert!(!offer(31, u64::from(u32::MAX)).answer(idmap).expect("an answer").has_idmap());
-        let trees = Wanted { trees: true, ..Wanted::default() };
+        let trees = InitOptions { trees: true, ..InitOptions::default() };
         assert_eq!(offer(45, u64::MAX).answer(trees).expect("an answer").flags, all.flags | TREES);
         assert_eq!(offer(30, u64::MAX).answer(idmap), None);
         assert_eq!(InitRequest { major: 8, ..offer(31, 0) }.answer(idmap), None);

@@ -1,4 +1,4 @@
-//! FUSE as a server of files that never change speaks it: of one flat directory, and of trees.
+//! The FUSE protocol of a server of files that never change: of one flat directory, and of trees.
 //!
 //! - [`Request`] is what a `read(/dev/fuse)` returned: a header and an [`Operation`], borrowed from
 //!   the buffer, nothing allocated.
@@ -13,21 +13,21 @@
 //!
 //! The crates that exist for FUSE do not fit this one place: they own the buffer that a request is
 //! read into, forget the numbers of requests that a predecessor read, or hold a thread for each
-//! request that waits. So these few operations are told here.
+//! request that waits. So these few operations are implemented here.
 //!
-//! `unsafe` is in [`mod@slots`] alone: memory that is shared with another process is no Rust
-//! object.
+//! `unsafe` is in [`mod@slots`] alone: memory that is shared with another process is not a
+//! Rust object.
 
 mod init;
 mod reply;
 mod request;
 pub mod slots;
 
-pub use init::{InitAnswer, InitRequest, Wanted};
-pub use reply::{Attributes, DirBuffer, Opened, Reply, StatFs};
+pub use init::{InitAnswer, InitOptions, InitRequest};
+pub use reply::{DirBuffer, NodeAttributes, Opened, Reply, StatFs};
 pub use request::{Forget, Handle, Header, NodeId, Operation, Request, Unique, WireError};
 pub use slots::{Parked, ParkedId, SlotError, SlotReader, Slots};
 
 /// Bytes that a buffer for requests needs, which is what the kernel demands at least
-/// (`FUSE_MIN_READ_BUFFER`); enough as long as `max_write` is small, see [`Wanted`].
+/// (`FUSE_MIN_READ_BUFFER`); enough as long as `max_write` is small, see [`InitOptions`].
 pub const REQUEST_BYTES: usize = 8192;

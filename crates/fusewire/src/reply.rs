@@ -6,13 +6,13 @@ use std::time::Duration;
 
 /// Bytes of an answer's header.
 const HEADER: usize = 16;
-/// How long the kernel may believe what it was told: it never changes, for numbers of nodes are not
+/// How long the kernel may believe what it was sent: it never changes, for numbers of nodes are not
 /// used again.
 const FOREVER: Duration = Duration::from_secs(1 << 40);
 
 /// Attributes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Attributes {
+pub struct NodeAttributes {
     /// The number by which it is asked for.
     pub node: NodeId,
     /// The number of the inode, as `stat` shows it.
@@ -35,7 +35,7 @@ pub struct Attributes {
     pub device: u32,
 }
 
-impl Attributes {
+impl NodeAttributes {
     /// Of a file of root's, with the number of the node as the number of the inode.
     pub fn new(node: NodeId, mode: u32, size: u64, nlink: u32) -> Self {
         Self {
@@ -65,9 +65,9 @@ pub struct Opened {
     pub keep_cache: bool,
     /// The kernel keeps the directory's entries.
     pub cache_directory: bool,
-    /// Closing the file asks nothing of the server (Linux 5.16 and newer). Otherwise whoever closes
-    /// it waits for one that answers, and a process that is about to run another program holds
-    /// locks meanwhile that `ps` wants.
+    /// Closing the file asks nothing of the server (Linux 5.16 and newer). Otherwise a process that
+    /// closes it waits for a server that answers, and a process that is about to run another
+    /// program holds locks meanwhile that `ps` wants.
     pub no_flush: bool,
 }
 
@@ -109,7 +109,7 @@ impl Reply {
     }
 
     /// An entry that was looked up.
-    pub fn entry(&mut self, unique: Unique, attributes: &Attributes) -> &[u8] {
+    pub fn entry(&mut self, unique: Unique, attributes: &NodeAttributes) -> &[u8] {
         self.finish(unique, 0, |out| attributes.write_entry(out))
     }
 
@@ -123,7 +123,7 @@ impl Reply {
         })
     }
 
-    /// How many bytes the value or the names of extended attributes have, for who asks for none.
+    /// How many bytes the value or the names of extended attributes have, for requests of none.
     pub fn size(&mut self, unique: Unique, size: u32) -> &[u8] {
         self.finish(unique, 0, |out| {
             for word in [size, 0] {
@@ -133,7 +133,7 @@ impl Reply {
     }
 
     /// Attributes.
-    pub fn attributes(&mut self, unique: Unique, attributes: &Attributes) -> &[u8] {
+    pub fn attributes(&mut self, unique: Unique, attributes: &NodeAttributes) -> &[u8] {
         self.finish(unique, 0, |out| {
             for word in [FOREVER.as_secs(), 0] {
                 out.put(&word.to_ne_bytes());
@@ -234,7 +234,7 @@ impl Out for Room<'_> {
     }
 }
 
-impl Attributes {
+impl NodeAttributes {
     /// As the answer to a lookup.
     fn write_entry(&self, out: &mut impl Out) {
         // Node, generation, how long the entry holds, how long the attributes do.
@@ -300,7 +300,7 @@ impl<'a> DirBuffer<'a> {
 
     /// Adds an entry to an answer to [`Operation::ReadDirPlus`](crate::Operation::ReadDirPlus), as
     /// if it had been looked up, or, if its node is zero, without that; false if there is no room.
-    pub fn add_with(&mut self, attributes: &Attributes, name: &[u8], next: u64) -> bool {
+    pub fn add_with(&mut self, attributes: &NodeAttributes, name: &[u8], next: u64) -> bool {
         let start = self.filled;
         self.filled += ENTRY_ANSWER;
         if !self.add(attributes.inode, attributes.mode, name, next) {
@@ -329,7 +329,7 @@ mod tests {
     #[test]
     fn answers_have_the_lengths_of_the_protocol() {
         let (mut reply, unique) = (Reply::default(), Unique(5));
-        let attributes = Attributes::new(NodeId(2), 0o100_444, 10, 1);
+        let attributes = NodeAttributes::new(NodeId(2), 0o100_444, 10, 1);
         assert_eq!(reply.done(unique), [16, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(reply.error(unique, Errno::IO)[4..8], (-5i32).to_ne_bytes());
         assert_eq!(reply.entry(unique, &attributes).len(), 16 + 128);
@@ -374,17 +374,17 @@ mod tests {
 
     #[test]
     fn entries_with_attributes_are_lookups_and_entries() {
-        let attributes = Attributes {
+        let attributes = NodeAttributes {
             inode: 77,
             uid: 5,
             seconds: -2,
             nanoseconds: 3,
-            ..Attributes::new(NodeId(9), 0o20_666, 10, 1)
+            ..NodeAttributes::new(NodeId(9), 0o20_666, 10, 1)
         };
         let mut bytes = [1; 400];
         let mut buffer = DirBuffer::new(&mut bytes);
         assert!(buffer.add_with(&attributes, b"name", 1));
-        assert!(buffer.add_with(&Attributes { node: NodeId(0), ..attributes }, b"..", 2));
+        assert!(buffer.add_with(&NodeAttributes { node: NodeId(0), ..attributes }, b"..", 2));
         assert!(!buffer.add_with(&attributes, b"n", 3), "no room");
         assert_eq!(buffer.filled(), 2 * (128 + 32));
         let mut reply = Reply::default();

@@ -73,7 +73,7 @@ pub struct Header {
 pub enum Operation<'a> {
     /// Begins the connection.
     Init(InitRequest),
-    /// Ends it; nobody waits for an answer.
+    /// Ends it; no answer is waited for.
     Destroy,
     /// The entry `name` of a directory.
     Lookup {

@@ -34,8 +34,8 @@ use std::{
 
 /// Threads that read requests, at most.
 pub const READERS: usize = 16;
-/// Requests that wait, at most: what the kernel sends beyond is refused with an error by whoever
-/// cannot park it.
+/// Requests that wait, at most: what the kernel sends beyond is refused with an error by the server
+/// that cannot park it.
 pub const PARKED: usize = 16 << 10;
 
 const HEAD: usize = 4096;

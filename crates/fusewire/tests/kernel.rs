@@ -103,8 +103,8 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
     let device = &device;
     let mut slot = slots.reader(0).unwrap();
     let mut reply = Reply::with_room_for(1 << 20);
-    let file = Attributes::new(FILE, 0o100_444, SIZE, 1);
-    let root = Attributes::new(NodeId::ROOT, 0o40_555, 0, 2);
+    let file = NodeAttributes::new(FILE, 0o100_444, SIZE, 1);
+    let root = NodeAttributes::new(NodeId::ROOT, 0o40_555, 0, 2);
     let of = |node| if node == NodeId::ROOT { root } else { file };
     loop {
         slot.clear();
@@ -120,7 +120,7 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
         let answer = match request.operation {
             Operation::Init(offer) => {
                 let answer =
-                    offer.answer(Wanted::default()).expect("a protocol of Linux 5.4 or newer");
+                    offer.answer(InitOptions::default()).expect("a protocol of Linux 5.4 or newer");
                 events.send(Event::Began { resend: answer.can_resend() }).unwrap();
                 reply.init(unique, &answer)
             }

@@ -10,8 +10,8 @@
 //! and messages. A frontend out of an image is served alone, over its standard input and output, by
 //! [`serve`].
 //!
-//! Everybody who reaches the daemon may name any build; what a build made is found only by ids that
-//! cannot be guessed. `base64` reads metadata as old clients send it.
+//! All clients that reach the daemon may name any build; what a build made is found only by ids
+//! that cannot be guessed. `base64` reads metadata as old clients send it.
 
 mod build;
 mod containers;

@@ -179,8 +179,8 @@ impl Said {
     }
 }
 
-/// Tells the client what becomes of a process: that it started, what it says, how it ended, and
-/// that this was all.
+/// Reports a process to the client: that it started, what it writes, how it ended, and that this
+/// was all.
 async fn follow(
     said: Said,
     end: impl Future<Output = Result<ExitStatus>>,

@@ -31,7 +31,7 @@ impl GoDuration {
     }
 }
 
-/// What is longer than 292 years becomes as long as Go can tell.
+/// What is longer than 292 years becomes the longest that Go has.
 impl From<Duration> for GoDuration {
     fn from(duration: Duration) -> Self {
         Self(i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX))

@@ -1,5 +1,5 @@
 //! Addresses that nothing is fetched from. A build names hosts that the daemon then asks, and the
-//! daemon may reach what the one who builds must not: the metadata service of a cloud, for one.
+//! daemon may reach what its users must not: the metadata service of a cloud, for one.
 
 use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
 use serde::Deserialize;

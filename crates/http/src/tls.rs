@@ -65,7 +65,7 @@ pub fn native_roots() -> &'static RootCertStore {
         let mut store = RootCertStore::empty();
         let found = rustls_native_certs::load_native_certs();
         for error in &found.errors {
-            tracing::warn!(%error, "cannot read part of the system trust store");
+            tracing::warn!(%error, "failed to read a part of the system trust store");
         }
         store.add_parsable_certificates(found.certs);
         store
@@ -126,7 +126,7 @@ impl ResolvesClientCert for ClientKeys {
     }
 }
 
-/// The name of who issued a certificate, as it is encoded there (RFC 5280, section 4.1).
+/// The name of the issuer of a certificate, as it is encoded there (RFC 5280, section 4.1).
 fn issuer(certificate: &[u8]) -> Option<&[u8]> {
     const SEQUENCE: u8 = 0x30;
     const VERSION: u8 = 0xa0;

@@ -210,7 +210,7 @@ impl Keeper {
                 }
                 let mut calls = receiver.calls();
                 calls.gone = true;
-                // Whoever waits gets no answer.
+                // Callers that wait get no answer.
                 calls.waiting.clear();
                 drop(calls);
                 news(News::Gone);
@@ -251,8 +251,8 @@ impl Keeper {
         self.shared.send(&Command::Fail { n, blocks, errno: error.raw_os_error() }, &[])
     }
 
-    /// Blocks are good no more. When it returns nobody reads them, so they can be taken out of the
-    /// data file. Refused for a layer that the keeper does not know.
+    /// Blocks are no longer valid. When it returns no one reads them, so they can be taken out of
+    /// the data file. Refused for a layer that the keeper does not know.
     pub fn drop_blocks(&self, n: u32, blocks: Range<u64>) -> Result<(), ClientError> {
         let awaited = Awaited::Dropped(n, blocks.clone());
         match self.call(awaited, &Command::Drop { n, blocks }, &[])?.recv() {
@@ -283,7 +283,7 @@ impl Keeper {
         }
     }
 
-    /// Has it hold a file, such as one in memory, for who connects next with a new [`Holder`]. It
+    /// Has it hold a file, such as one in memory, for the next client with a new [`Holder`]. It
     /// takes the place of what was remembered before.
     pub fn remember(&self, memory: BorrowedFd<'_>) -> Result<(), ClientError> {
         self.shared.send(&Command::Give { name: FdName::Memory }, &[memory])
@@ -335,7 +335,7 @@ impl Shared {
             }
         };
         let event = Event::decode(received.bytes()).unwrap_or_else(|error| {
-            tracing::warn!(%error, "from the keeper");
+            tracing::warn!(%error, "invalid message from the keeper");
             None
         });
         match (&event, received.fds.into_iter().next()) {
@@ -364,7 +364,7 @@ impl Shared {
         let Some(place) = calls.waiting.iter().position(|(waits, _)| *waits == awaited) else {
             return;
         };
-        // Whoever asked may not want the answer any more.
+        // The caller may not want the answer any more.
         if matches!(event, Event::Layer { .. }) {
             let _ = calls.waiting[place].1.send(event);
         } else {

@@ -68,24 +68,24 @@ const MACHINE: Option<(u32, u32)> = None;
 const NUMBER: u32 = 0;
 const KIND: u32 = 4;
 
-/// Confines this process for good, all of its threads. Whoever calls it has opened, mounted and
-/// started what it needs.
+/// Confines this process for good, all of its threads. The caller has opened, mounted and started
+/// what it needs.
 pub fn confine() {
     if let Err(error) =
         mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)
     {
-        tracing::warn!(%error, "memory is not locked");
+        tracing::warn!(%error, "failed to lock memory");
     }
     if let Err(error) = configure_io_flusher_behavior(true) {
-        tracing::warn!(%error, "memory pressure may wait for this process");
+        tracing::warn!(%error, "failed to exempt this process from waiting under memory pressure");
     }
     let Some((kind, foreign)) = MACHINE else {
-        return tracing::warn!("system calls are not filtered on this kind of machine");
+        return tracing::warn!("no filter of system calls for this architecture");
     };
     let filtered =
         set_no_new_privs(true).and_then(|()| sys::filter_calls(&mut program(kind, foreign, CALLS)));
     if let Err(error) = filtered {
-        tracing::warn!(%error, "system calls are not filtered");
+        tracing::warn!(%error, "failed to filter system calls");
     }
 }
 

@@ -45,13 +45,13 @@ impl Connection {
         let socket = match accept_with(listener, SocketFlags::CLOEXEC) {
             Ok(socket) => socket,
             Err(error) => {
-                tracing::warn!(%error, "a connection was not accepted");
+                tracing::warn!(%error, "failed to accept a connection");
                 return None;
             }
         };
         let user = socket_peercred(&socket).map(|peer| peer.uid);
         if !user.is_ok_and(|uid| uid.is_root() || uid == rustix::process::geteuid()) {
-            tracing::warn!("a connection of another user is not for us");
+            tracing::warn!("refused a connection of another user");
             return None;
         }
         Some(Self { socket: Arc::new(socket), queue: VecDeque::new() })
@@ -111,11 +111,11 @@ pub(crate) fn command(received: &Received) -> Option<Command> {
     match Command::decode(received.bytes()) {
         Ok(Some(command)) => Some(command),
         Ok(None) => {
-            tracing::debug!(kind = received.bytes[1], "a message of a newer daemon is passed over");
+            tracing::debug!(kind = received.bytes[1], "ignored an unknown message of the daemon");
             None
         }
         Err(error) => {
-            tracing::warn!(%error, "from the daemon");
+            tracing::warn!(%error, "invalid message from the daemon");
             None
         }
     }
@@ -130,13 +130,13 @@ pub(crate) struct Control {
     pub(crate) systemd: Option<Systemd>,
     /// Where it is mounted.
     pub(crate) at: PathBuf,
-    /// What the daemon wants to have back; nobody looks into it here.
+    /// What the daemon wants to have back; it is not looked into here.
     pub(crate) memory: Option<OwnedFd>,
     connection: Option<Connection>,
     drops: Vec<Dropping>,
     reply: Reply,
-    /// The daemon could not be told of everything that waits.
-    untold: bool,
+    /// Not everything that waits could be reported to the daemon.
+    unreported: bool,
 }
 
 /// Whether there is more to do.
@@ -166,7 +166,7 @@ impl Control {
             connection: None,
             drops: Vec::new(),
             reply: Reply::with_room_for(MAX_READ),
-            untold: false,
+            unreported: false,
         }
     }
 
@@ -176,7 +176,7 @@ impl Control {
         keep_everything(systemd, &self.engine, &self.slots, self.memory.as_ref());
     }
 
-    /// Until the end: the file system is gone, or somebody said so.
+    /// Until the end: the file system is gone, or a shutdown was requested.
     pub(crate) fn run(&mut self, connection: Option<Connection>) -> Result<()> {
         if let Some(mut connection) = connection {
             connection.say(Event::Started);
@@ -185,7 +185,7 @@ impl Control {
         loop {
             let new = self.wait()?;
             if self.engine.outside.has_ended() {
-                tracing::info!("the file system is gone");
+                tracing::info!("file system unmounted");
                 return Ok(());
             }
             self.engine.expire(Instant::now(), &mut self.reply);
@@ -220,7 +220,7 @@ impl Control {
             if connection.queue.len() < QUEUE {
                 events |= PollFlags::IN;
             }
-            if self.untold || !connection.queue.is_empty() {
+            if self.unreported || !connection.queue.is_empty() {
                 events |= PollFlags::OUT;
             }
             fds.push(PollFd::new(&**socket, events));
@@ -228,7 +228,7 @@ impl Control {
         let until = self.engine.next_deadline();
         let timeout = until.map(|at| {
             let left = at.saturating_duration_since(Instant::now());
-            // Rounded up: who wakes too early only waits again.
+            // Rounded up: waking too early would only mean another wait.
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) + 1 }
         });
         match poll(&mut fds, timeout.map(normal).as_ref()) {
@@ -258,23 +258,23 @@ impl Control {
         if connection.flush().is_err() {
             return;
         }
-        tracing::info!("a daemon is connected");
+        tracing::info!("daemon connected");
         self.drops.clear();
         self.engine.all_dropped();
         self.engine.outside.set_daemon(Some(connection.socket.clone()));
-        self.engine.forget_told();
+        self.engine.forget_reported();
         self.connection = Some(connection);
-        self.untold = true;
+        self.unreported = true;
     }
 
     fn disconnected(&mut self) {
-        tracing::info!("the daemon is gone; reads of what is missing wait for the next");
+        tracing::info!("daemon disconnected, reads of missing blocks wait for the next one");
         self.connection = None;
         self.drops.clear();
         self.engine.all_dropped();
         self.engine.outside.set_daemon(None);
-        self.engine.forget_told();
-        self.untold = false;
+        self.engine.forget_reported();
+        self.unreported = false;
     }
 
     /// Does what the daemon has said.
@@ -312,7 +312,7 @@ impl Control {
                 let answer = match self.add(n, data_blocks, meta_bytes, fds) {
                     Ok(()) => Event::Added { n },
                     Err(error) => {
-                        tracing::warn!(layer = n, %error, "a layer is refused");
+                        tracing::warn!(layer = n, %error, "refused a layer");
                         Event::Refused { n, errno: error.raw_os_error() }
                     }
                 };
@@ -325,7 +325,7 @@ impl Control {
                     Some(dropping) => self.drops.push(dropping),
                     None => self.say(Event::NotDropped { n, blocks }),
                 }
-                self.untold = true;
+                self.unreported = true;
             }
             Command::Remove { n } => {
                 if let Some(layer) = engine.remove(n, reply) {
@@ -381,8 +381,8 @@ impl Control {
             }
             self.in_stores(|store| store.settle());
         }
-        // Whoever waited for this layer did so without the daemon's knowing.
-        self.untold = true;
+        // Reads that waited for this layer were not reported to the daemon.
+        self.unreported = true;
         Ok(())
     }
 
@@ -393,7 +393,7 @@ impl Control {
         let daemon = self.connection.as_mut().map(|c| c as &mut dyn FdStore);
         for store in systemd.into_iter().chain(daemon) {
             if let Err(error) = what(store) {
-                tracing::warn!(%error, "a file descriptor may not outlive this process");
+                tracing::warn!(%error, "failed to store a file descriptor, it may not outlive this process");
             }
         }
     }
@@ -414,23 +414,25 @@ impl Control {
         }
     }
 
-    /// Tells the daemon what it takes.
+    /// Sends the daemon as much as it takes.
     fn talk(&mut self) {
         let Some(connection) = &mut self.connection else { return };
         if connection.flush().is_err() {
             return self.disconnected();
         }
-        self.untold = !self.engine.tell_all();
+        self.unreported = !self.engine.report_all();
     }
 
-    /// A signal: a successor goes on, or nobody needs one.
+    /// A signal: a successor goes on, or none is needed.
     fn leave(&mut self) {
         let survives = self.systemd.is_some() || self.connection.is_some();
         if !survives && self.engine.layers().is_empty() {
             return self.shut_down();
         }
         if !survives {
-            tracing::warn!("nobody holds the file descriptors: layers cannot be read after this");
+            tracing::warn!(
+                "no process holds the file descriptors, layers cannot be read after this"
+            );
         }
         let kernel = &self.engine.outside;
         kernel.stop();
@@ -444,7 +446,7 @@ impl Control {
         if let Some(connection) = &mut self.connection {
             let _ = connection.flush();
         }
-        tracing::info!("left to a successor");
+        tracing::info!("stopped, leaving the mount to a successor");
     }
 
     /// The end of the file system.
@@ -479,10 +481,10 @@ fn keep_everything(
     let memory = memory.map(|memory| (FdName::Memory, memory.as_fd()));
     for (name, fd) in session.into_iter().chain(memory).chain(files) {
         if let Err(error) = store.keep(name, fd) {
-            tracing::warn!(%name, %error, "a file descriptor may not outlive this process");
+            tracing::warn!(%name, %error, "failed to store a file descriptor, it may not outlive this process");
         }
     }
     if let Err(error) = store.settle() {
-        tracing::warn!(%error, "file descriptors may not outlive this process");
+        tracing::warn!(%error, "failed to store file descriptors, they may not outlive this process");
     }
 }

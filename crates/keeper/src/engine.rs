@@ -4,21 +4,23 @@
 //! and looks after deadlines. They meet in three places:
 //!
 //! - Bits of good blocks are atomic. A read whose bits are all set is answered at once.
-//! - Any other is parked under the lock of [`Waiting`], after a second look at the bits. Whoever
-//!   sets bits looks at what waits afterwards, under the same lock. So one of them sees the other.
-//! - A thread says that it handles a request ([`Engine::reader`]) before it looks at bits. Whoever
-//!   clears bits waits until each thread has come to the end of the request that it then had.
+//! - Any other is parked under the lock of [`Waiting`], after a second look at the bits. The
+//!   thread that sets bits looks at what waits afterwards, under the same lock. So one of them sees
+//!   the other.
+//! - A thread says that it handles a request ([`Engine::reader`]) before it looks at bits. The
+//!   thread that clears bits waits until each thread has come to the end of the request that it
+//!   then had.
 
 use crate::{
     layer::{File, Layer, file_of, named, node_of},
     message::{self, Event},
-    parking::{Entry, Waiting},
+    parking::{ParkedRead, Waiting},
     tree,
 };
 use rustix::io::Errno;
 use shipway_fusewire::{
-    Attributes, DirBuffer, InitRequest, NodeId, Opened, Operation, Parked, Reply, Request, Slots,
-    StatFs, Unique, Wanted,
+    DirBuffer, InitOptions, InitRequest, NodeAttributes, NodeId, Opened, Operation, Parked, Reply,
+    Request, Slots, StatFs, Unique,
 };
 use std::{
     collections::{BTreeMap, btree_map},
@@ -39,21 +41,21 @@ const MAX_PAGES: u16 = 64;
 pub(crate) const MAX_READ: usize = MAX_PAGES as usize * 4096;
 /// Bytes of a read that is answered at all, which a predecessor may have negotiated.
 const LARGEST_READ: usize = 16 << 20;
-/// Reads in flight that nobody waits for. The kernel holds back what is beyond it, reads of what is
-/// local included, so it is far above what misses can be.
+/// Reads in flight that no process waits for. The kernel holds back what is beyond it, reads of
+/// what is local included, so it is far above what misses can be.
 const MAX_BACKGROUND: u16 = 8192;
 
 /// The kernel and the daemon, as the engine sees them.
 pub(crate) trait Outside {
-    /// Gives the kernel an answer. That it does not want it any more is no error.
+    /// Sends the kernel an answer. It is not an error if the kernel no longer wants it.
     fn answer(&self, answer: &[u8]);
-    /// Tells the daemon, without waiting; false if that cannot be done now.
-    fn tell(&self, event: &Event) -> bool;
+    /// Reports an event to the daemon, without waiting; false if that cannot be done now.
+    fn report(&self, event: &Event) -> bool;
     /// Wakes the thread that looks after deadlines.
     fn wake(&self);
 }
 
-/// Blocks that are good no more, and the requests that may still be reading them.
+/// Blocks that are no longer valid, and the requests that may still be reading them.
 #[derive(Debug)]
 pub(crate) struct Dropping {
     pub(crate) n: u32,
@@ -69,19 +71,19 @@ pub(crate) struct Engine<O> {
     waiting: Mutex<Waiting>,
     /// Odd while the thread of this number handles a request; never the same again.
     readers: [AtomicU64; READERS],
-    /// Whether somebody waits for requests that are handled.
+    /// Whether a thread waits for the requests in progress.
     dropping: AtomicBool,
     /// How long a read waits at most.
     deadline: Duration,
 }
 
 /// A thread that handles a request, as long as it does.
-pub(crate) struct Reading<'a, O: Outside> {
+pub(crate) struct ReaderGuard<'a, O: Outside> {
     engine: &'a Engine<O>,
     number: usize,
 }
 
-impl<O: Outside> Drop for Reading<'_, O> {
+impl<O: Outside> Drop for ReaderGuard<'_, O> {
     fn drop(&mut self) {
         self.engine.readers[self.number].fetch_add(1, Ordering::SeqCst);
         if self.engine.dropping.load(Ordering::SeqCst) {
@@ -122,9 +124,9 @@ impl<O: Outside> Engine<O> {
     }
 
     /// The thread `number` handles a request from now on.
-    pub(crate) fn reader(&self, number: usize) -> Reading<'_, O> {
+    pub(crate) fn reader(&self, number: usize) -> ReaderGuard<'_, O> {
         self.readers[number].fetch_add(1, Ordering::SeqCst);
-        Reading { engine: self, number }
+        ReaderGuard { engine: self, number }
     }
 
     /// Whether no thread handles a request.
@@ -162,15 +164,15 @@ impl<O: Outside> Engine<O> {
     }
 
     /// Attributes of the directory or a file in it.
-    fn attributes(&self, node: NodeId) -> Result<Attributes, Errno> {
+    fn attributes(&self, node: NodeId) -> Result<NodeAttributes, Errno> {
         if node == NodeId::ROOT {
-            return Ok(Attributes::new(node, 0o40_500, 0, 2));
+            return Ok(NodeAttributes::new(node, 0o40_500, 0, 2));
         }
         let (n, file) = file_of(node).ok_or(Errno::NOENT)?;
         self.layer(n).ok_or(Errno::NOENT)?.attributes(file)
     }
 
-    fn lookup(&self, node: NodeId, name: &[u8]) -> Result<Attributes, Errno> {
+    fn lookup(&self, node: NodeId, name: &[u8]) -> Result<NodeAttributes, Errno> {
         // The kernel finds a file by its number as the entry `.` of it.
         match name {
             b"." => return self.attributes(node),
@@ -252,7 +254,7 @@ impl<O: Outside> Engine<O> {
         if let Ok(blocks) = layer.blocks(file, read.offset, read.size)
             && let Some(block) = layer.touch(&blocks)
         {
-            self.outside.tell(&Event::Touched { n: layer.number(), block });
+            self.outside.report(&Event::Touched { n: layer.number(), block });
         }
     }
 
@@ -274,7 +276,7 @@ impl<O: Outside> Engine<O> {
         }
         let Some(id) = self.slots.park(read) else {
             drop(waiting);
-            tracing::warn!("too many reads wait: one more fails");
+            tracing::warn!("too many reads are waiting, failing another one");
             return self.outside.answer(reply.error(read.unique, Errno::IO));
         };
         match waiting.find(read.unique) {
@@ -282,15 +284,15 @@ impl<O: Outside> Engine<O> {
                 self.slots.unpark(entry.id);
                 (entry.id, entry.read) = (id, read);
             }
-            None => waiting.push(Entry { id, read, since: now, told: false }),
+            None => waiting.push(ParkedRead { id, read, since: now, reported: false }),
         }
         let alone = waiting.len() == 1;
-        let told = match waiting.find(read.unique) {
-            Some(entry) if !entry.told => self.tell_of(entry),
+        let reported = match waiting.find(read.unique) {
+            Some(entry) if !entry.reported => self.report_read(entry),
             _ => true,
         };
         drop(waiting);
-        if alone || !told {
+        if alone || !reported {
             self.outside.wake();
         }
     }
@@ -307,27 +309,27 @@ impl<O: Outside> Engine<O> {
         Some(self.layer(n)?.missing(file, read.offset, read.size).unwrap_or(None))
     }
 
-    /// Tells the daemon of a read that waits; false if that cannot be done now. What waits for a
-    /// layer that nobody knows yet is told when the layer comes.
-    fn tell_of(&self, entry: &mut Entry) -> bool {
+    /// Reports a read that waits to the daemon; false if that cannot be done now. What waits for a
+    /// layer that is not known yet is reported when the layer comes.
+    fn report_read(&self, entry: &mut ParkedRead) -> bool {
         let (Some((n, _)), Some(Some(blocks))) =
             (file_of(entry.read.node), self.missing(&entry.read))
         else {
             return true;
         };
-        entry.told = self.outside.tell(&Event::Miss { n, blocks });
-        entry.told
+        entry.reported = self.outside.report(&Event::Miss { n, blocks });
+        entry.reported
     }
 
-    /// Tells the daemon of everything that waits and that it was not told of; false if it takes no
-    /// more now.
-    pub(crate) fn tell_all(&self) -> bool {
-        self.waiting().iter_mut().filter(|e| !e.told).all(|entry| self.tell_of(entry))
+    /// Reports everything that waits and was not reported to the daemon; false if it takes no more
+    /// now.
+    pub(crate) fn report_all(&self) -> bool {
+        self.waiting().iter_mut().filter(|e| !e.reported).all(|entry| self.report_read(entry))
     }
 
-    /// There is another daemon, or none: it was told of nothing.
-    pub(crate) fn forget_told(&self) {
-        self.waiting().iter_mut().for_each(|e| e.told = false);
+    /// There is another daemon, or none: nothing was reported to it.
+    pub(crate) fn forget_reported(&self) {
+        self.waiting().iter_mut().for_each(|e| e.reported = false);
     }
 
     fn interrupt(&self, request: Unique, of: Unique, reply: &mut Reply) {
@@ -340,7 +342,7 @@ impl<O: Outside> Engine<O> {
         self.fail_all(gone, Errno::INTR, reply);
     }
 
-    fn fail_all(&self, entries: Vec<Entry>, error: Errno, reply: &mut Reply) {
+    fn fail_all(&self, entries: Vec<ParkedRead>, error: Errno, reply: &mut Reply) {
         for entry in entries {
             self.outside.answer(reply.error(entry.read.unique, error));
             self.slots.unpark(entry.id);
@@ -349,7 +351,7 @@ impl<O: Outside> Engine<O> {
 
     /// Answers everything that waits and need not.
     fn settle(&self, n: u32, reply: &mut Reply) {
-        let of_layer = |e: &Entry| file_of(e.read.node).is_some_and(|(of, _)| of == n);
+        let of_layer = |e: &ParkedRead| file_of(e.read.node).is_some_and(|(of, _)| of == n);
         let ready = self.waiting().take(|e| of_layer(e) && self.is_there(&e.read));
         for entry in ready {
             if !self.answer_if_there(&entry.read, reply) {
@@ -389,7 +391,7 @@ impl<O: Outside> Engine<O> {
     /// Blocks cannot be had: what waits for one of them fails.
     pub(crate) fn fail(&self, n: u32, blocks: &Range<u64>, errno: i32, reply: &mut Reply) {
         let Some(layer) = self.layer(n) else { return };
-        let hit = |e: &Entry| {
+        let hit = |e: &ParkedRead| {
             let Some((_, file)) = file_of(e.read.node).filter(|(of, _)| *of == n) else {
                 return false;
             };
@@ -401,38 +403,38 @@ impl<O: Outside> Engine<O> {
         self.fail_all(failed, message::errno(errno), reply);
     }
 
-    /// Blocks are good no more: no read that begins later gets them. [`Engine::is_dropped`] says
-    /// whether those are over that had begun. `None` if the layer is not known: its map stays as it
-    /// is, so nobody may take these blocks away.
+    /// Blocks are no longer valid: no read that begins later gets them. [`Engine::is_dropped`] says
+    /// whether the reads that had begun are over. `None` if the layer is not known: its map stays
+    /// as it is, so these blocks must not be taken away.
     pub(crate) fn drop_blocks(&self, n: u32, blocks: Range<u64>) -> Option<Dropping> {
         let layer = self.layer(n)?;
         layer.good().clear(&blocks);
         // What waits for others of its blocks now waits for these as well.
-        let hit = |e: &&mut Entry| {
+        let hit = |e: &&mut ParkedRead| {
             file_of(e.read.node).filter(|(of, _)| *of == n).is_some_and(|(_, file)| {
                 layer
                     .blocks(file, e.read.offset, e.read.size)
                     .is_ok_and(|read| read.start < blocks.end && blocks.start < read.end)
             })
         };
-        self.waiting().iter_mut().filter(hit).for_each(|e| e.told = false);
+        self.waiting().iter_mut().filter(hit).for_each(|e| e.reported = false);
         Some(Dropping { n, blocks, readers: self.watch_readers() })
     }
 
-    /// Which requests are handled. Whoever ends one wakes the other thread from now on, until
+    /// Which requests are in progress. The end of each wakes the other thread from now on, until
     /// [`Engine::all_dropped`].
     pub(crate) fn watch_readers(&self) -> [u64; READERS] {
         self.dropping.store(true, Ordering::SeqCst);
         self.readers.each_ref().map(|r| r.load(Ordering::SeqCst))
     }
 
-    /// Whether nobody reads dropped blocks any more.
+    /// Whether no one reads dropped blocks any more.
     pub(crate) fn is_dropped(&self, dropping: &Dropping) -> bool {
         let now = self.readers.each_ref().map(|r| r.load(Ordering::SeqCst));
         now.iter().zip(&dropping.readers).all(|(now, then)| then.is_multiple_of(2) || now != then)
     }
 
-    /// Nobody waits for the readers any more.
+    /// No thread waits for the readers any more.
     pub(crate) fn all_dropped(&self) {
         self.dropping.store(false, Ordering::SeqCst);
     }
@@ -440,7 +442,7 @@ impl<O: Outside> Engine<O> {
     /// A layer goes; what waits for it fails.
     pub(crate) fn remove(&self, n: u32, reply: &mut Reply) -> Option<Arc<Layer>> {
         let gone = self.layers.write().unwrap_or_else(PoisonError::into_inner).remove(&n);
-        let of_layer = |e: &Entry| file_of(e.read.node).is_some_and(|(of, _)| of == n);
+        let of_layer = |e: &ParkedRead| file_of(e.read.node).is_some_and(|(of, _)| of == n);
         let failed = self.waiting().take(of_layer);
         self.fail_all(failed, Errno::IO, reply);
         gone
@@ -456,7 +458,7 @@ impl<O: Outside> Engine<O> {
         let late = self.waiting().take(|e| now.saturating_duration_since(e.since) >= self.deadline);
         for entry in &late {
             let Parked { node, offset, .. } = entry.read;
-            tracing::warn!(node = node.0, offset, "a read waited for too long and fails");
+            tracing::warn!(node = node.0, offset, "read timed out");
         }
         self.fail_all(late, Errno::IO, reply);
     }
@@ -466,7 +468,7 @@ impl<O: Outside> Engine<O> {
         self.slots.clear_unfinished();
         let left = self.slots.left_in_slots();
         for (id, read) in self.slots.parked() {
-            self.waiting().push(Entry { id, read, since: now, told: false });
+            self.waiting().push(ParkedRead { id, read, since: now, reported: false });
         }
         for layer in self.layers() {
             self.settle(layer.number(), reply);
@@ -483,12 +485,12 @@ impl<O: Outside> Engine<O> {
 }
 
 fn init<'a>(unique: Unique, offer: &InitRequest, reply: &'a mut Reply) -> &'a [u8] {
-    let wanted = Wanted {
+    let wanted = InitOptions {
         max_pages: MAX_PAGES,
         max_background: MAX_BACKGROUND,
         idmap: true,
         trees: true,
-        ..Wanted::default()
+        ..InitOptions::default()
     };
     match offer.answer(wanted) {
         Some(answer) => reply.init(unique, &answer),
@@ -498,7 +500,7 @@ fn init<'a>(unique: Unique, offer: &InitRequest, reply: &'a mut Reply) -> &'a [u
 
 /// Fills `bytes` with the files whose nodes are above `offset`, so a listing goes on at the right
 /// place whatever has come or gone; with room for attributes if `plus`, but without any. Trees are
-/// there for who knows their names.
+/// found by name only.
 fn list(layers: &BTreeMap<u32, Arc<Layer>>, offset: u64, bytes: &mut [u8], plus: bool) -> usize {
     let mut buffer = DirBuffer::new(bytes);
     let first = file_of(NodeId(offset.max(2))).map_or(u32::MAX, |(n, _)| n);
@@ -511,7 +513,7 @@ fn list(layers: &BTreeMap<u32, Arc<Layer>>, offset: u64, bytes: &mut [u8], plus:
             }
             let name = format!("{n}.{kind}");
             let added = if plus {
-                let found = Attributes { node: NodeId(0), ..found };
+                let found = NodeAttributes { node: NodeId(0), ..found };
                 buffer.add_with(&found, name.as_bytes(), node)
             } else {
                 buffer.add(node, found.mode, name.as_bytes(), node)

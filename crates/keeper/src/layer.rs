@@ -7,7 +7,7 @@ use rustix::{
     io::{Errno, pread},
 };
 use shipway_erofs::{Bytes, Content, Form, Layout, Nid, ReadError, Stored, first_block};
-use shipway_fusewire::{Attributes, NodeId};
+use shipway_fusewire::{NodeAttributes, NodeId};
 use std::{
     ops::Range,
     sync::atomic::{AtomicU64, Ordering},
@@ -21,7 +21,8 @@ pub(crate) const MAX_DATA_BLOCKS: u64 = u32::MAX as u64;
 pub(crate) const MAX_META_BYTES: u64 = 4 << 30;
 /// Pieces whose first touch is noted, at most; a piece is a power of two of blocks.
 const PIECES: u64 = 4096;
-/// Blocks of the smallest piece (64 KiB), and of the largest whose touch is worth telling (4 MiB).
+/// Blocks of the smallest piece (64 KiB), and of the largest whose touch is worth reporting (4
+/// MiB).
 const PIECE_BLOCKS: Range<u32> = 4..10;
 
 /// A file of a layer.
@@ -67,7 +68,7 @@ pub(crate) fn node_of(n: u32, file: File) -> NodeId {
 
 /// An entry of the directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub(crate) enum DirEntry {
     Data,
     Image,
     /// `<n>`: the root of the tree.
@@ -75,12 +76,12 @@ pub(crate) enum Entry {
 }
 
 /// The entry of this name.
-pub(crate) fn named(name: &[u8]) -> Option<(u32, Entry)> {
+pub(crate) fn named(name: &[u8]) -> Option<(u32, DirEntry)> {
     let name = std::str::from_utf8(name).ok()?;
     let (n, entry) = match name.split_once('.') {
-        None => (name, Entry::Tree),
-        Some((n, "data")) => (n, Entry::Data),
-        Some((n, "img")) => (n, Entry::Image),
+        None => (name, DirEntry::Tree),
+        Some((n, "data")) => (n, DirEntry::Data),
+        Some((n, "img")) => (n, DirEntry::Image),
         Some(_) => return None,
     };
     let plain = n == "0" || n.starts_with(|c: char| matches!(c, '1'..='9'));
@@ -251,11 +252,11 @@ impl Layer {
     }
 
     /// What an entry of the directory is.
-    pub(crate) fn file(&self, entry: Entry) -> Result<File, Errno> {
+    pub(crate) fn file(&self, entry: DirEntry) -> Result<File, Errno> {
         Ok(match entry {
-            Entry::Data => File::Data,
-            Entry::Image => File::Image,
-            Entry::Tree => File::Tree(self.layout.as_ref().ok_or(Errno::NOENT)?.root()),
+            DirEntry::Data => File::Data,
+            DirEntry::Image => File::Image,
+            DirEntry::Tree => File::Tree(self.layout.as_ref().ok_or(Errno::NOENT)?.root()),
         })
     }
 
@@ -275,11 +276,11 @@ impl Layer {
         }
     }
 
-    pub(crate) fn attributes(&self, file: File) -> Result<Attributes, Errno> {
+    pub(crate) fn attributes(&self, file: File) -> Result<NodeAttributes, Errno> {
         let node = node_of(self.n, file);
         match file {
             File::Data | File::Image => {
-                Ok(Attributes::new(node, 0o100_400, self.place(file)?.size, 1))
+                Ok(NodeAttributes::new(node, 0o100_400, self.place(file)?.size, 1))
             }
             File::Tree(nid) => tree::attributes(self, nid),
         }
@@ -471,7 +472,7 @@ pub(crate) mod tests {
         assert!(layer.blocks(empty, 0, 4096).expect("blocks").is_empty());
         assert_eq!(layer.read(empty, 0, &mut [0; 9]), Ok(0));
         // What is no file, and what is no inode.
-        let root = layer.file(Entry::Tree).expect("a tree");
+        let root = layer.file(DirEntry::Tree).expect("a tree");
         assert_eq!(layer.blocks(root, 0, 9), Err(Errno::INVAL));
         assert_eq!(layer.blocks(File::Tree(Nid(1 << 26)), 0, 9), Err(Errno::IO));
     }
@@ -479,10 +480,10 @@ pub(crate) mod tests {
     #[test]
     fn names_and_nodes_belong_together() {
         for (name, n, entry) in [
-            (&b"0.data"[..], 0, Entry::Data),
-            (b"17.img", 17, Entry::Image),
-            (b"4294967295.img", u32::MAX, Entry::Image),
-            (b"17", 17, Entry::Tree),
+            (&b"0.data"[..], 0, DirEntry::Data),
+            (b"17.img", 17, DirEntry::Image),
+            (b"4294967295.img", u32::MAX, DirEntry::Image),
+            (b"17", 17, DirEntry::Tree),
         ] {
             assert_eq!(named(name), Some((n, entry)));
         }

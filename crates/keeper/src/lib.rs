@@ -3,11 +3,11 @@
 //! A lazy layer is an EROFS mount whose contents are in `<n>.data` of a directory, or which is
 //! `<n>.img` there as a whole; or, where the kernel cannot mount it, it is the tree `<n>` itself.
 //! The keeper serves that directory to the kernel. What a read wants is in the layer's data file
-//! already, and then it is answered from there; or it is parked, and the daemon is told, which
+//! already, and then it is answered from there; or it is parked and reported to the daemon, which
 //! fetches it, verifies it, writes it, and says so.
 //!
 //! ```text
-//! kernel ──▶ serve ──▶ engine ──▶ layer (pread)         present: answered by who read it
+//! kernel ──▶ serve ──▶ engine ──▶ layer (pread)         present: answered by its reader
 //!              ▲         │
 //!              │         ▼ parked, Miss
 //!            slots     control ◀── message ──▶ client    the daemon's process

@@ -6,9 +6,9 @@ use std::{ops::Range, sync::atomic::Ordering};
 
 /// Bits of good blocks, block 0 in the lowest bit of the first byte. The keeper alone changes them.
 ///
-/// All accesses are sequentially consistent, because readers and whoever drops blocks use two
-/// things in opposite order: a reader says that it reads and then looks at bits, the other clears
-/// bits and then looks for readers. One of the two sees the other.
+/// All accesses are sequentially consistent, because readers and the thread that drops blocks use
+/// two things in opposite order: a reader says that it reads and then looks at bits, the other
+/// clears bits and then looks for readers. One of the two sees the other.
 pub(crate) struct BlockMap {
     words: Words,
     blocks: u64,

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! Integers are little-endian; file descriptors travel beside (`SCM_RIGHTS`). Kinds and versions
-//! that are not known are passed over, and so are bytes behind the message: whoever is one release
-//! newer may say more, as long as it does without an answer to that.
+//! that are not known are passed over, and so are bytes behind the message: a peer that is one
+//! release newer may send more, as long as it needs no answer to that.
 
 use rustix::io::Errno;
 use std::{fmt, ops::Range, str::FromStr};
@@ -26,8 +26,8 @@ pub const VERSION: u8 = 1;
 /// File descriptors beside one message, at most.
 pub const FDS: usize = 3;
 
-/// The datagram is no message: too short, without version, or with blocks that end before they
-/// begin.
+/// The datagram is not a valid message: too short, without version, or with blocks that end before
+/// they begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a message between daemon and keeper")]
 pub struct Malformed;
@@ -147,11 +147,11 @@ pub enum Command {
         n: u32,
         /// Of the data file.
         blocks: Range<u64>,
-        /// What readers get; `EIO` if it is no error that FUSE passes on.
+        /// What readers get; `EIO` if FUSE does not pass that error on.
         errno: i32,
     },
-    /// These blocks are good no more. Answered by [`Event::Dropped`] when nobody reads them, or by
-    /// [`Event::NotDropped`].
+    /// These blocks are no longer valid. Answered by [`Event::Dropped`] once no one reads them, or
+    /// by [`Event::NotDropped`].
     Drop {
         /// The layer.
         n: u32,
@@ -199,7 +199,7 @@ pub enum Event {
         /// Why.
         errno: i32,
     },
-    /// Nobody reads these blocks any more.
+    /// No one reads these blocks any more.
     Dropped {
         /// The layer.
         n: u32,

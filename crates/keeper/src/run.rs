@@ -37,7 +37,7 @@ const SOCKET_NAME: &str = "keeper.sock";
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// What a keeper is told.
+/// What a keeper is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Directory for what lives until the host restarts; the files of layers are in its `k`.
@@ -61,7 +61,7 @@ impl Options {
 
 type Held = BTreeMap<FdName, OwnedFd>;
 
-/// Is the keeper: serves until it is told to end, or the file system is unmounted. To be called
+/// Is the keeper: serves until it is asked to end, or the file system is unmounted. To be called
 /// once, by a process that has no other threads yet, and to be its end: threads that wait for the
 /// kernel end with the process.
 ///
@@ -77,12 +77,12 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let systemd = std::env::var_os("NOTIFY_SOCKET").and_then(|address| {
         Systemd::connect(&address)
-            .inspect_err(|error| tracing::warn!(%error, "the service manager is not told"))
+            .inspect_err(|error| tracing::warn!(%error, "failed to notify the service manager"))
             .ok()
     });
-    // Ready is who can be connected to: the daemon may be what it waits for.
+    // Ready once it can be connected to: the daemon may be what it waits for.
     if let Some(Err(error)) = systemd.as_ref().map(|s| s.notify("READY=1")) {
-        tracing::warn!(%error, "the service manager is not told");
+        tracing::warn!(%error, "failed to notify the service manager");
     }
     let at = options.directory.join("k");
     let mut connection = None;
@@ -127,7 +127,7 @@ fn inherited() -> Result<(Option<OwnedFd>, Held)> {
         match name.parse() {
             Ok(name) => drop(held.insert(name, fd)),
             Err(_) if name == SOCKET_NAME => listener = Some(fd),
-            Err(_) => tracing::warn!(name, "an inherited file descriptor is not known"),
+            Err(_) => tracing::warn!(name, "ignored an unknown inherited file descriptor"),
         }
     }
     if std::env::var_os(HANDED).is_some() {
@@ -177,7 +177,9 @@ fn slots(kept: Option<OwnedFd>) -> Result<(OwnedFd, Slots)> {
         match Slots::open(&file) {
             Ok(slots) => return Ok((file, slots)),
             Err(SlotError::Foreign) => {
-                tracing::warn!("requests of the predecessor are left to the kernel to send again");
+                tracing::warn!(
+                    "cannot read the requests of the predecessor, waiting for the kernel to send them again"
+                );
             }
             Err(error) => return Err(error.into()),
         }
@@ -196,18 +198,21 @@ fn layers(mut held: Held) -> Vec<Layer> {
         let (data, map, meta) =
             (part(FdName::Data(n)), part(FdName::Map(n)), part(FdName::Meta(n)));
         let (Some(data), Some(map), Some(meta)) = (data, map, meta) else {
-            tracing::warn!(layer = n, "a part is missing; its reads wait until it is added again");
+            tracing::warn!(
+                layer = n,
+                "layer is incomplete, its reads wait until it is added again"
+            );
             continue;
         };
         match Layer::new(n, data, map, meta) {
             Ok(layer) => layers.push(layer),
-            Err(error) => tracing::warn!(layer = n, %error, "cannot be served"),
+            Err(error) => tracing::warn!(layer = n, %error, "failed to open layer"),
         }
     }
     layers
 }
 
-/// Listens on `path`, for this user only. A socket that nobody listens on any more is replaced.
+/// Listens on `path`, for this user only. A socket that no process listens on any more is replaced.
 fn bind_at(path: &Path) -> Result<OwnedFd> {
     let failed = |e: std::io::Error| Fault::io(format!("listen on {}", path.display()), e);
     if let Some(directory) = path.parent() {

@@ -28,8 +28,8 @@ use std::{
 /// Bytes of a reader's stack, which is locked in memory: its answers are elsewhere.
 const STACK: usize = 128 << 10;
 
-/// Mounts a new connection at `at`, and returns it. What is mounted there already is detached: it
-/// has nobody who serves it.
+/// Mounts a new connection at `at`, and returns it. What is mounted there already is detached:
+/// nothing serves it.
 pub(crate) fn mount(at: &Path) -> Result<OwnedFd> {
     let failed = |what: &'static str| {
         let what = format!("{what} {}", at.display());
@@ -56,7 +56,7 @@ pub(crate) fn mount(at: &Path) -> Result<OwnedFd> {
         }
         // Clones of the mount with mapped ids want it.
         fsconfig_set_flag(context.as_fd(), "default_permissions")?;
-        // Trees are for everybody as their attributes say; their root is where only we get.
+        // Trees are open to all users as their attributes say; only root can reach them.
         fsconfig_set_flag(context.as_fd(), "allow_other")?;
         fsconfig_create(context.as_fd())?;
         let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
@@ -70,7 +70,7 @@ pub(crate) fn mount(at: &Path) -> Result<OwnedFd> {
     Ok(device)
 }
 
-/// Whether something is mounted at `at`. Does not ask who serves it, for that may be nobody.
+/// Whether something is mounted at `at`. Does not ask its server, for there may be none.
 pub(crate) fn is_mounted(at: &Path) -> bool {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW;
     statx(CWD, at, flags, StatxFlags::empty())
@@ -80,7 +80,7 @@ pub(crate) fn is_mounted(at: &Path) -> bool {
 /// Unmounts, now or as soon as nothing uses it.
 pub(crate) fn unmount_at(at: &Path) {
     if let Err(error) = unmount(at, UnmountFlags::DETACH) {
-        tracing::warn!(at = %at.display(), %error, "not unmounted");
+        tracing::warn!(at = %at.display(), %error, "failed to unmount");
     }
 }
 
@@ -110,7 +110,7 @@ impl Kernel {
         self.wake.as_fd()
     }
 
-    /// Whom to tell from now on.
+    /// Sets the connection on which events are reported from now on.
     pub(crate) fn set_daemon(&self, daemon: Option<Arc<OwnedFd>>) {
         *self.daemon.write().unwrap_or_else(PoisonError::into_inner) = daemon;
     }
@@ -136,13 +136,13 @@ impl Kernel {
 impl Outside for Kernel {
     fn answer(&self, answer: &[u8]) {
         match write(&self.fuse, answer) {
-            // Whoever asked may be gone, and so may the file system.
+            // The reader may be gone, and so may the file system.
             Ok(_) | Err(Errno::NOENT | Errno::NODEV) => {}
-            Err(error) => tracing::warn!(%error, "an answer was not taken"),
+            Err(error) => tracing::warn!(%error, "failed to answer a request"),
         }
     }
 
-    fn tell(&self, event: &Event) -> bool {
+    fn report(&self, event: &Event) -> bool {
         let daemon = self.daemon.read().unwrap_or_else(PoisonError::into_inner);
         daemon.as_ref().is_some_and(|to| socket::send(&**to, &event.encode(), None).is_ok())
     }
@@ -174,7 +174,7 @@ fn requests(engine: &Engine<Kernel>, number: usize, started: &Barrier) {
         Ok(slot) => slot,
         Err(error) => {
             started.wait();
-            return tracing::error!(%error, "a thread cannot read requests");
+            return tracing::error!(%error, "failed to start a reader of requests");
         }
     };
     let mut reply = Reply::with_room_for(MAX_READ);
@@ -188,11 +188,11 @@ fn requests(engine: &Engine<Kernel>, number: usize, started: &Barrier) {
         slot.clear();
         match read(&kernel.fuse, slot.bytes()) {
             Ok(_) => {}
-            // `ENOENT`: whoever asked was gone before the request was read.
+            // `ENOENT`: the reader was gone before the request was read.
             Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => continue,
             Err(error) => {
                 if error != Errno::NODEV {
-                    tracing::error!(%error, "requests cannot be read any more");
+                    tracing::error!(%error, "failed to read a request, stopping");
                 }
                 kernel.ended.store(true, Ordering::SeqCst);
                 return kernel.wake();
@@ -205,7 +205,7 @@ fn requests(engine: &Engine<Kernel>, number: usize, started: &Barrier) {
         match Request::parse(slot.bytes()) {
             Ok(request) => engine.handle(&request, &mut reply, Instant::now()),
             Err(error) => {
-                tracing::warn!(%error, "a request was not understood");
+                tracing::warn!(%error, "invalid request");
                 let unique = slot.bytes()[8..].first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
                 kernel.answer(reply.error(Unique(unique), Errno::INVAL));
             }

@@ -46,7 +46,7 @@ impl Systemd {
         Ok(Self { socket })
     }
 
-    /// Tells it a state, such as `READY=1`.
+    /// Reports a state to it, such as `READY=1`.
     pub(crate) fn notify(&self, state: &str) -> Result<(), Errno> {
         socket::send_with(&self.socket, state.as_bytes(), &[], SendFlags::empty())
     }

@@ -37,9 +37,8 @@ const TOO_SOON: Duration = Duration::from_secs(1);
 type Held = BTreeMap<FdName, OwnedFd>;
 
 /// Starts what `command` makes, again and again until it ends by itself with success, and holds its
-/// file descriptors meanwhile. If that is done in this directory already it returns at once. The
-/// socket that it tells them by is `store.sock` in `directory`,
-/// which only root may enter.
+/// file descriptors meanwhile. If that is done in this directory already it returns at once. File
+/// descriptors are passed over the socket `store.sock` in `directory`, which only root may enter.
 pub fn supervise(command: impl Fn() -> Command, directory: &Path) -> Result<()> {
     let failed = |e: Errno| Fault::io("supervise the keeper", e.into());
     let path = directory.join("store.sock");
@@ -68,7 +67,7 @@ pub fn supervise(command: impl Fn() -> Command, directory: &Path) -> Result<()> 
         drop(command);
         if let Err(error) = hand(&ours, &held) {
             // It is dead, or does not take it: then it begins with nothing.
-            tracing::error!(%error, "failed to hand over what the last keeper had");
+            tracing::error!(%error, "failed to pass the last keeper's file descriptors on, starting without them");
         }
         drop(ours);
         receive_until_end(&store, &mut child, &mut held).map_err(failed)?;
@@ -77,9 +76,9 @@ pub fn supervise(command: impl Fn() -> Command, directory: &Path) -> Result<()> 
             let _ = fs::remove_file(&path);
             return Ok(());
         }
-        tracing::warn!(%status, held = held.len(), "the keeper has ended, another one is started");
+        tracing::warn!(%status, held = held.len(), "keeper exited, restarting it");
         if started.elapsed() < TOO_SOON {
-            // Nobody wakes it; earlier would do no harm.
+            // Nothing wakes it; earlier would do no harm.
             std::thread::park_timeout(TOO_SOON);
         }
     }

@@ -2,10 +2,10 @@
 //! from the metadata, each time anew. So nothing has to be remembered of what the kernel knows, and
 //! a successor answers as its predecessor would have.
 //!
-//! Nothing in a tree ever changes, so the kernel keeps all that it was told: entries and what are
-//! none, attributes, targets of links, listings, contents. Nor does it ask to open a file, once it
-//! has heard that nobody needs that. It hears it for the whole connection: should an image be
-//! mounted by way of the same connection later, then its contents are in the page cache twice,
+//! Nothing in a tree ever changes, so the kernel keeps all that it was sent: entries and their
+//! absence, attributes, targets of links, listings, contents. Nor does it ask to open a file, once
+//! it has learned that no server needs that. It learns it for the whole connection: should an image
+//! be mounted by way of the same connection later, then its contents are in the page cache twice,
 //! which costs memory and is not wrong.
 
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
 };
 use rustix::io::Errno;
 use shipway_erofs::{Content, Kind, Nid, ReadError, limits};
-use shipway_fusewire::{Attributes, DirBuffer, NodeId, Opened, Operation, Reply, Unique};
+use shipway_fusewire::{DirBuffer, NodeAttributes, NodeId, Opened, Operation, Reply, Unique};
 use std::ops::ControlFlow;
 
 /// The bits of `st_mode` that say what kind of file it is.
@@ -31,7 +31,7 @@ fn type_of(kind: Kind) -> u32 {
 }
 
 /// Attributes of an inode.
-pub(crate) fn attributes(layer: &Layer, nid: Nid) -> Result<Attributes, Errno> {
+pub(crate) fn attributes(layer: &Layer, nid: Nid) -> Result<NodeAttributes, Errno> {
     let n = layer.number();
     let found = layer.image()?.metadata(nid).map_err(errno)?;
     let (kind, device) = match found.content {
@@ -44,7 +44,7 @@ pub(crate) fn attributes(layer: &Layer, nid: Nid) -> Result<Attributes, Errno> {
         Content::Socket => (Kind::Socket, None),
     };
     let device = device.map_or(Ok(0), |device| device.encoded()).map_err(|_| Errno::IO)?;
-    Ok(Attributes {
+    Ok(NodeAttributes {
         node: node_of(n, File::Tree(nid)),
         inode: inode_of(n, nid),
         mode: type_of(kind) | u32::from(found.mode),
@@ -105,7 +105,7 @@ pub(crate) fn answer<'r>(
 }
 
 /// The entry `name` of a directory, or, if it is `.`, an inode of any kind itself.
-fn lookup(layer: &Layer, nid: Nid, name: &[u8]) -> Result<Option<Attributes>, Errno> {
+fn lookup(layer: &Layer, nid: Nid, name: &[u8]) -> Result<Option<NodeAttributes>, Errno> {
     if name == b"." {
         return attributes(layer, nid).map(Some);
     }
@@ -125,8 +125,10 @@ fn list(layer: &Layer, nid: Nid, offset: u64, out: &mut [u8], plus: bool) -> Res
             buffer.add(inode, type_of(entry.kind), entry.name, entry.next)
         } else if matches!(entry.name, b"." | b"..") {
             // They are not looked up.
-            let itself =
-                Attributes { inode, ..Attributes::new(NodeId(0), type_of(entry.kind), 0, 0) };
+            let itself = NodeAttributes {
+                inode,
+                ..NodeAttributes::new(NodeId(0), type_of(entry.kind), 0, 0)
+            };
             buffer.add_with(&itself, entry.name, entry.next)
         } else {
             let found = attributes(layer, entry.nid).map_err(|_| ReadError::Io)?;
@@ -135,7 +137,7 @@ fn list(layer: &Layer, nid: Nid, offset: u64, out: &mut [u8], plus: bool) -> Res
         Ok(if added { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     });
     match listed {
-        // What comes before is told; whoever asks on from there gets the error.
+        // What comes before is sent; a read that goes on from there gets the error.
         Err(error) if buffer.filled() == 0 => Err(errno(error)),
         _ => Ok(buffer.filled()),
     }

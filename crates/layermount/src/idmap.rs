@@ -79,7 +79,7 @@ fn ranges(what: &str, text: &str) -> Result<Vec<IdRange>> {
         else {
             return Err(wrong("is not inside:outside:size"));
         };
-        // The last number is no id.
+        // The last number is not a valid id.
         if size == 0 || inside.checked_add(size).is_none() || outside.checked_add(size).is_none() {
             return Err(wrong("has a range that is empty or beyond all ids"));
         }

@@ -14,7 +14,7 @@
 //! - [`Source`] is what a mount reads. [`mount()`] mounts it, [`swap`] puts another one with the
 //!   same contents in its place without the path ever being empty, [`unmount`] takes it away.
 //! - [`scan()`] finds what an earlier life mounted, and [`adopt`] goes on with it or takes it away.
-//! - [`is_used`] tells whether a file can be changed under nobody's feet.
+//! - [`is_used`] says whether anything has a file in use that is about to change.
 //! - [`MappedIds`] and [`clone_mapped`] make clones of mounts for user namespaces.
 //!
 //! Mounts are read-only and neither `nosuid` nor `nodev`: they are what images are. They are made

@@ -1,4 +1,4 @@
-//! Loop devices: read-only, past the page cache, free when nobody has them open any more.
+//! Loop devices: read-only, past the page cache, free when they are no longer open.
 
 use crate::{io_fault, sys};
 use rustix::{
@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How often a number that was free is somebody else's before we have it.
+/// How often another process may take a free number before we do.
 const ATTEMPTS: usize = 64;
 
 /// A loop device that stays while this or a mount of it does.
@@ -67,8 +67,8 @@ impl Loop {
             let entry = entry.map_err(|e| io_fault("read /sys/block", e))?;
             // Only loop devices that are in use have this file. Those of others are not opened:
             // they would not become free as long as that lasts.
-            let Ok(told) = std::fs::read(entry.path().join("loop/backing_file")) else { continue };
-            if told.strip_suffix(b"\n") != Some(backing.as_os_str().as_bytes()) {
+            let Ok(file) = std::fs::read(entry.path().join("loop/backing_file")) else { continue };
+            if file.strip_suffix(b"\n") != Some(backing.as_os_str().as_bytes()) {
                 continue;
             }
             let path = Path::new("/dev").join(entry.file_name());
@@ -93,7 +93,7 @@ impl Loop {
     }
 }
 
-/// A device number as `LOOP_GET_STATUS64` tells it (the kernel's `huge_encode_dev`, which for
+/// A device number as `LOOP_GET_STATUS64` gives it (the kernel's `huge_encode_dev`, which for
 /// numbers of today is `new_encode_dev`).
 fn encoded(device: u64) -> u64 {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));

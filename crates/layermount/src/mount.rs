@@ -109,7 +109,7 @@ fn tree(directory: &Path) -> Result<OwnedFd> {
     Ok(tree)
 }
 
-/// Number of the device of the file system at `path`, as mountinfo tells it. Its server is not
+/// Number of the device of the file system at `path`, as mountinfo shows it. Its server is not
 /// asked.
 pub(crate) fn device_of(path: &Path) -> Result<String, Errno> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
@@ -153,7 +153,7 @@ pub fn mount(source: &Source, at: &Path) -> Result<()> {
 /// is never empty.
 ///
 /// Loop devices get another file: all that read them, running containers included, are moved.
-/// Otherwise a new mount takes the place of the old one, which stays for those who use it already;
+/// Otherwise a new mount takes the place of the old one, which stays for its present users;
 /// this needs Linux 6.5. A kill in between leaves two mounts, see [`Mounted`](crate::Mounted).
 pub fn swap(at: &Path, from: &Source, to: &Source) -> Result<()> {
     match (from, to) {
@@ -191,7 +191,7 @@ pub enum Unmounted {
     Nothing,
     /// Gone.
     Gone,
-    /// Gone from the path, but somebody still has files of it open: files and devices are free when
+    /// Gone from the path, but files of it are still open: files and devices are free when
     /// that ends.
     InUse,
 }
@@ -220,7 +220,7 @@ pub fn unmount(at: &Path) -> Result<Unmounted> {
 /// too.
 ///
 /// Descriptors that were duplicated, inherited or sent to another process share one description, so
-/// who asks must have the same one as the server of the file. A file whose file system has no
+/// the caller must have the same one as the server of the file. A file whose file system has no
 /// leases counts as used. The file's owner or root may ask.
 pub fn is_used(file: BorrowedFd<'_>) -> Result<bool> {
     match sys::is_alone(file) {

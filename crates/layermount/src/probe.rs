@@ -146,7 +146,7 @@ fn attempt(tier: Tier, layer: &ProbeLayer, served: Option<&FuseFiles>) -> Result
     .context(|| format!("try {tier:?}"))
 }
 
-/// Gives this thread mounts that nobody else sees, and that go with it.
+/// Gives this thread mounts that no other thread sees, and that go with it.
 fn own_namespace() -> Result<()> {
     sys::own_mounts().map_err(|e| io_fault("make a mount namespace", e))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;

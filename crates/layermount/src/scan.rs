@@ -42,7 +42,7 @@ pub struct Mounted {
 impl Mounted {
     /// Whether this is what [`mount`](crate::mount()) makes of `source`.
     ///
-    /// The kernel tells only what the metadata is read from. So mounts of [`Source::Files`] are
+    /// The kernel shows only what the metadata is read from. So mounts of [`Source::Files`] are
     /// `noatime` if no server has the contents, which means nothing else on such a file system;
     /// and of [`Source::Loops`], some loop device is over the contents. Whether a file is the one
     /// of today's server is for the caller to know: after a new FUSE mount, nothing that was
@@ -72,7 +72,7 @@ impl Mounted {
             .is_ok_and(|found| found.iter().any(|device| device.path == self.source))
     }
 
-    /// The UUID of what is topmost at this path, where the kernel tells it: since Linux 6.9.
+    /// The UUID of what is topmost at this path, where the kernel gives it: since Linux 6.9.
     pub fn uuid(&self) -> Option<[u8; 16]> {
         sys::uuid(File::open(&self.at).ok()?.as_fd()).ok()
     }

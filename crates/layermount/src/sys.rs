@@ -88,7 +88,7 @@ fn raw(fd: BorrowedFd<'_>) -> i32 {
     fd.as_raw_fd()
 }
 
-/// Number of a loop device that nobody has at the moment.
+/// Number of a loop device that is free at the moment.
 pub fn loop_free(control: BorrowedFd<'_>) -> Result<u32, Errno> {
     // SAFETY: an ioctl without an argument.
     let number = done(unsafe { libc::ioctl(raw(control), LOOP_CTL_GET_FREE as _) }.into())?;
@@ -96,7 +96,7 @@ pub fn loop_free(control: BorrowedFd<'_>) -> Result<u32, Errno> {
 }
 
 /// Makes `device` a read-only device over `backing`, with blocks of `block_size` bytes, past the
-/// page cache where the file can do it, that frees itself when nobody has it open.
+/// page cache where the file can do it, that frees itself when it is no longer open.
 pub fn loop_configure(
     device: BorrowedFd<'_>,
     backing: BorrowedFd<'_>,
@@ -132,10 +132,10 @@ pub fn loop_info(device: BorrowedFd<'_>) -> Result<LoopInfo, Errno> {
 
 /// The UUID of a mounted file system; since Linux 6.9.
 pub fn uuid(root: BorrowedFd<'_>) -> Result<[u8; 16], Errno> {
-    let mut told = [0u8; 17];
+    let mut reply = [0u8; 17];
     // SAFETY: the kernel writes a `struct fsuuid2`: a length and 16 bytes.
-    done(unsafe { libc::ioctl(raw(root), FS_IOC_GETFSUUID as _, told.as_mut_ptr()) }.into())?;
-    match told {
+    done(unsafe { libc::ioctl(raw(root), FS_IOC_GETFSUUID as _, reply.as_mut_ptr()) }.into())?;
+    match reply {
         [16, uuid @ ..] => Ok(uuid),
         _ => Err(Errno::NOTTY),
     }
@@ -145,9 +145,9 @@ pub fn uuid(root: BorrowedFd<'_>) -> Result<[u8; 16], Errno> {
 /// `false` if another description of the same file is open anywhere, mounts and loop devices
 /// included.
 pub fn is_alone(file: BorrowedFd<'_>) -> Result<bool, Errno> {
-    // Whoever opens the file while the lease is there makes the kernel signal its holder, and the
-    // signal that it takes by default kills; this one is ignored.
-    // SAFETY: the arguments are numbers, here and below.
+    // A process that opens the file while the lease is there makes the kernel signal its holder,
+    // and the signal that it takes by default kills; this one is ignored. SAFETY: the arguments are
+    // numbers, here and below.
     done(unsafe { libc::fcntl(raw(file), F_SETSIG, libc::SIGURG) }.into())?;
     match done(unsafe { libc::fcntl(raw(file), F_SETLEASE, libc::F_WRLCK) }.into()) {
         Ok(_) => {}
@@ -229,7 +229,7 @@ impl Sleeper {
 
 impl Drop for Sleeper {
     fn drop(&mut self) {
-        // Nobody else waits for it, so the number is still its own.
+        // Nothing else waits for it, so the number is still its own.
         let _ = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
         let _ = rustix::process::waitpid(Some(self.pid), rustix::process::WaitOptions::empty());
     }

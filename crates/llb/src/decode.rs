@@ -266,8 +266,8 @@ fn file(f: pb::FileOp, n: Inputs) -> Result<FileOp, Fault> {
     if f.actions.len() > MAX_PARTS {
         return Err(invalid(format!("file op with {} actions", f.actions.len())));
     }
-    // The results of actions are numbered after the inputs, in any order: who runs them refuses
-    // circles.
+    // The results of actions are numbered after the inputs, in any order: circles are refused
+    // when they are run.
     let all = Inputs(n.0 + f.actions.len());
     let actions = f.actions.into_iter().map(|a| file_action(a, all)).collect::<Result<_, _>>()?;
     Ok(FileOp { actions })

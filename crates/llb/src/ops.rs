@@ -253,7 +253,7 @@ pub struct CacheMount {
 /// Who may use a cache mount at once (row `exec.mnt.cache.share`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CacheSharing {
-    /// Everybody.
+    /// All steps at once.
     #[default]
     Shared,
     /// A new one when busy.

@@ -27,7 +27,8 @@ const AUTHORITY_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Most hosts whose certificates are kept.
 pub(crate) const MAX_LEAVES: usize = 1024;
 
-/// The authority, with the certificates it has made. Also knows whom to believe in the outside.
+/// The authority, with the certificates it has made. Also has the roots that servers are verified
+/// with.
 pub struct Authority {
     pem: Bytes,
     issuer: Issuer<'static, KeyPair>,
@@ -112,7 +113,7 @@ impl Authority {
     }
 
     fn leaf(&self, host: &str, now: SystemTime) -> Result<ServerConfig> {
-        // Tells addresses from names.
+        // Distinguishes addresses from names.
         let mut params = CertificateParams::new([host.to_owned()]).map_err(failed)?;
         // A common name is at most 64 characters long; what counts is the alternative name.
         params

@@ -17,7 +17,7 @@ const TOO_MANY: &str = "too_many_requests";
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub struct Request {
+pub struct ProxiedRequest {
     pub method: String,
     pub url: String,
     /// Where the answer sent the client.
@@ -49,7 +49,7 @@ pub struct Capture(Arc<Mutex<Log>>);
 
 #[derive(Debug, Default)]
 struct Log {
-    requests: Vec<Request>,
+    requests: Vec<ProxiedRequest>,
     materials: Vec<Material>,
     incomplete: Vec<Incomplete>,
     bytes: usize,
@@ -79,7 +79,7 @@ impl Capture {
         self.0.lock()
     }
 
-    pub(crate) fn request(&self, request: Request) {
+    pub(crate) fn request(&self, request: ProxiedRequest) {
         let mut log = self.lock();
         let bytes = request.url.len() + request.redirect.as_ref().map_or(0, String::len);
         let others = log.requests.len();
@@ -105,7 +105,7 @@ impl Capture {
     }
 
     /// The requests, in their order.
-    pub fn requests(&self) -> Vec<Request> {
+    pub fn requests(&self) -> Vec<ProxiedRequest> {
         self.lock().requests.clone()
     }
 
@@ -146,8 +146,8 @@ impl Capture {
 mod tests {
     use super::*;
 
-    fn request(url: &str, redirect: Option<&str>) -> Request {
-        Request {
+    fn request(url: &str, redirect: Option<&str>) -> ProxiedRequest {
+        ProxiedRequest {
             method: "GET".into(),
             url: url.into(),
             redirect: redirect.map(str::to_owned),

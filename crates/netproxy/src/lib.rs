@@ -1,5 +1,5 @@
-//! The proxy network (row `exec.proxynet`): a step that is built with it reaches the outside by an
-//! HTTP proxy of ours and by nothing else.
+//! The proxy network (row `exec.proxynet`): a step that is built with it reaches the outside by the
+//! daemon's HTTP proxy and by nothing else.
 //!
 //! [`Proxy`] serves one step. Every request is shown to the build's [`Policy`] before it is sent,
 //! and noted in a [`Capture`] with the digest of what came back. HTTPS is opened with certificates
@@ -20,6 +20,6 @@ mod tests;
 mod upstream;
 
 pub use authority::Authority;
-pub use capture::{Capture, Incomplete, MAX_RECORDS, Material, Request};
+pub use capture::{Capture, Incomplete, MAX_RECORDS, Material, ProxiedRequest};
 pub use serve::{MAX_CONNECTIONS, MAX_HEAD, Policy, Proxy};
 pub use target::MAX_URL;

@@ -1,7 +1,7 @@
 //! The body of an answer on its way to the step, hashed as it passes; what became of it is noted at
 //! its end.
 
-use crate::{Capture, target::Target};
+use crate::{Capture, target::RequestTarget};
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -15,7 +15,7 @@ use std::{
 pub(crate) struct Note {
     pub capture: Capture,
     pub method: Method,
-    pub target: Target,
+    pub target: RequestTarget,
     pub status: StatusCode,
     /// Whether only a part of the file was asked for.
     pub ranged: bool,

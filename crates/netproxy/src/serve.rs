@@ -2,9 +2,9 @@
 //! on and noted.
 
 use crate::{
-    Authority, Capture, Request as Asked,
+    Authority, Capture, ProxiedRequest,
     recorded::{Note, Recorded},
-    target::{MAX_URL, Target},
+    target::{MAX_URL, RequestTarget},
     upstream::Connector,
 };
 use async_trait::async_trait;
@@ -88,7 +88,7 @@ impl Proxy {
     }
 
     /// Where a request for `target` goes, or why it goes nowhere.
-    async fn checked(&self, method: &Method, target: Target) -> Result<Target> {
+    async fn checked(&self, method: &Method, target: RequestTarget) -> Result<RequestTarget> {
         let Some(policy) = &self.policy else { return Ok(target) };
         let asked = target.to_string();
         let url = policy.check(&asked).await?;
@@ -100,7 +100,7 @@ impl Proxy {
                 "source policy converted proxy request {asked:?}, but conversion is only supported for GET"
             )));
         }
-        Target::parse(&url).ok_or_else(|| {
+        RequestTarget::parse(&url).ok_or_else(|| {
             Fault::invalid(format!(
                 "source policy converted proxy request {asked:?} to an unsupported address"
             ))
@@ -149,7 +149,7 @@ struct Serving {
 }
 
 /// A connection that asked for a tunnel, and where to.
-type Tunnel = Mutex<Option<(OnUpgrade, Target)>>;
+type Tunnel = Mutex<Option<(OnUpgrade, RequestTarget)>>;
 
 impl Serving {
     async fn connection(&self, stream: tokio::net::TcpStream) {
@@ -167,7 +167,7 @@ impl Serving {
     async fn tunnel(
         &self,
         upgrade: OnUpgrade,
-        target: Target,
+        target: RequestTarget,
     ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let config = self.proxy.authority.server(&target.host)?;
         let stream = TokioIo::new(upgrade.await?);
@@ -179,7 +179,7 @@ impl Serving {
     async fn requests(
         &self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        within: Option<&Target>,
+        within: Option<&RequestTarget>,
         tunnel: &Tunnel,
     ) {
         let service = service_fn(|request| async {
@@ -204,14 +204,14 @@ impl Serving {
     async fn answer(
         &self,
         mut request: Request<Incoming>,
-        within: Option<&Target>,
+        within: Option<&RequestTarget>,
         tunnel: &Tunnel,
     ) -> Response<Body> {
         if request.uri().path().len() + request.uri().query().map_or(0, str::len) > MAX_URL {
             return plain(StatusCode::URI_TOO_LONG, "the address is too long");
         }
         if request.method() == Method::CONNECT {
-            let target = request.uri().authority().and_then(|a| Target::new(true, a, None));
+            let target = request.uri().authority().and_then(|a| RequestTarget::new(true, a, None));
             return match target.filter(|_| within.is_none()) {
                 Some(target) => {
                     let upgrade = hyper::upgrade::on(&mut request);
@@ -221,7 +221,8 @@ impl Serving {
                 None => plain(StatusCode::BAD_REQUEST, "no address to connect to"),
             };
         }
-        let Some(asked) = Target::of_request(request.uri(), request.headers(), within) else {
+        let Some(asked) = RequestTarget::of_request(request.uri(), request.headers(), within)
+        else {
             return plain(StatusCode::BAD_REQUEST, "no address of a server");
         };
         let target = match self.proxy.checked(request.method(), asked.clone()).await {
@@ -236,7 +237,7 @@ impl Serving {
     }
 
     /// Sends a request that is allowed.
-    async fn send(&self, request: Request<Incoming>, target: Target) -> Response<Body> {
+    async fn send(&self, request: Request<Incoming>, target: RequestTarget) -> Response<Body> {
         let (head, body) = request.into_parts();
         let method = head.method;
         let ranged = head.headers.contains_key(header::RANGE);
@@ -286,8 +287,14 @@ impl Serving {
         response
     }
 
-    fn note(&self, method: &Method, target: &Target, redirect: Option<String>, status: StatusCode) {
-        self.proxy.capture.request(Asked {
+    fn note(
+        &self,
+        method: &Method,
+        target: &RequestTarget,
+        redirect: Option<String>,
+        status: StatusCode,
+    ) {
+        self.proxy.capture.request(ProxiedRequest {
             method: method.to_string(),
             url: target.to_string(),
             redirect,
@@ -324,7 +331,7 @@ fn plain(status: StatusCode, text: &str) -> Response<Body> {
     response
 }
 
-/// The innermost reason, which is where the connector speaks.
+/// The innermost reason, which is what the connector reports.
 fn reason_of(error: &dyn std::error::Error) -> String {
     let mut at = error;
     while let Some(source) = at.source() {

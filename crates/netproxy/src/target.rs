@@ -12,7 +12,7 @@ pub const MAX_URL: usize = 16 << 10;
 /// A place in the web, without user or password: host in lower case, no port that the scheme
 /// implies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Target {
+pub(crate) struct RequestTarget {
     pub https: bool,
     /// A name, or an address without brackets.
     pub host: String,
@@ -34,7 +34,7 @@ fn host_of(authority: &Authority) -> Option<String> {
     (!host.is_empty() && host.len() <= 253).then_some(host)
 }
 
-impl Target {
+impl RequestTarget {
     pub fn new(https: bool, authority: &Authority, path: Option<&PathAndQuery>) -> Option<Self> {
         let port = match authority
             .as_str()
@@ -68,7 +68,11 @@ impl Target {
 
     /// From the head of a request: within `tunnel` its path counts, otherwise its whole address, or
     /// else its `Host`.
-    pub fn of_request(uri: &Uri, headers: &HeaderMap, tunnel: Option<&Target>) -> Option<Self> {
+    pub fn of_request(
+        uri: &Uri,
+        headers: &HeaderMap,
+        tunnel: Option<&RequestTarget>,
+    ) -> Option<Self> {
         if let Some(tunnel) = tunnel {
             let path = uri.path_and_query().filter(|p| p.as_str().starts_with('/'))?;
             return Some(Self { path: path.clone(), ..tunnel.clone() });
@@ -115,7 +119,7 @@ impl Target {
     }
 }
 
-impl fmt::Display for Target {
+impl fmt::Display for RequestTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}://{}{}", self.scheme(), self.authority(), self.path)
     }
@@ -127,7 +131,7 @@ mod tests {
 
     #[track_caller]
     fn check(url: &str, expected: Option<&str>) {
-        assert_eq!(Target::parse(url).map(|t| t.to_string()).as_deref(), expected, "{url}");
+        assert_eq!(RequestTarget::parse(url).map(|t| t.to_string()).as_deref(), expected, "{url}");
     }
 
     #[test]
@@ -144,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_redirect_leads_where_the_client_will_go() {
-        let from = Target::parse("https://h/dir/file?q").unwrap();
+        let from = RequestTarget::parse("https://h/dir/file?q").unwrap();
         for (location, to) in [
             ("/other", "https://h/other"),
             ("near", "https://h/dir/near"),
@@ -158,11 +162,11 @@ mod tests {
 
     #[test]
     fn within_a_tunnel_the_host_is_the_tunnels() {
-        let tunnel = Target::parse("https://h/").unwrap();
+        let tunnel = RequestTarget::parse("https://h/").unwrap();
         let headers = HeaderMap::from_iter([(header::HOST, "other".parse().unwrap())]);
         let of = |uri: &str, tunnel| {
-            Target::of_request(&uri.parse().unwrap(), &headers, tunnel)
-                .map(|t: Target| t.to_string())
+            RequestTarget::of_request(&uri.parse().unwrap(), &headers, tunnel)
+                .map(|t: RequestTarget| t.to_string())
         };
         assert_eq!(of("/x", Some(&tunnel)).as_deref(), Some("https://h/x"));
         assert_eq!(of("http://elsewhere/x", Some(&tunnel)).as_deref(), Some("https://h/x"));

@@ -1,6 +1,6 @@
 //! Connections to servers: out by the step's way out, TLS with the machine's trust store.
 
-use crate::target::Target;
+use crate::target::RequestTarget;
 use http::Uri;
 use hyper_util::{
     client::legacy::connect::{Connected, Connection},
@@ -46,8 +46,8 @@ impl Connector {
         Self { egress, tls: TlsConnector::from(tls) }
     }
 
-    async fn dial(self, uri: Uri) -> io::Result<Stream> {
-        let target = Target::parse(&uri.to_string())
+    async fn dial(self, uri: Uri) -> io::Result<UpstreamStream> {
+        let target = RequestTarget::parse(&uri.to_string())
             .ok_or_else(|| io::Error::other(format!("{uri} is not the address of a server")))?;
         let looked_up = tokio::net::lookup_host((target.host.as_str(), target.port)).await;
         let addresses = looked_up
@@ -63,10 +63,10 @@ impl Connector {
         Err(last)
     }
 
-    async fn greet(self, target: &Target, tcp: TcpStream) -> io::Result<Stream> {
+    async fn greet(self, target: &RequestTarget, tcp: TcpStream) -> io::Result<UpstreamStream> {
         let _ = tcp.set_nodelay(true);
         if !target.https {
-            return Ok(Stream::Plain(tcp));
+            return Ok(UpstreamStream::Plain(tcp));
         }
         let name = ServerName::try_from(target.host.clone())
             .map_err(|_| io::Error::other(format!("{:?} is not a valid host name", target.host)))?;
@@ -75,12 +75,12 @@ impl Connector {
             .connect(name, tcp)
             .await
             .map_err(|e| io::Error::other(format!("TLS with {}: {e}", target.authority())))?;
-        Ok(Stream::Tls(Box::new(tls)))
+        Ok(UpstreamStream::Tls(Box::new(tls)))
     }
 }
 
 impl Service<Uri> for Connector {
-    type Response = TokioIo<Stream>;
+    type Response = TokioIo<UpstreamStream>;
     type Error = io::Error;
     type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
 
@@ -102,18 +102,18 @@ impl Service<Uri> for Connector {
 }
 
 /// A connection to a server.
-pub(crate) enum Stream {
+pub(crate) enum UpstreamStream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-impl Connection for Stream {
+impl Connection for UpstreamStream {
     fn connected(&self) -> Connected {
         Connected::new()
     }
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for UpstreamStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -126,7 +126,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for UpstreamStream {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -4,9 +4,9 @@
 //! `<prefix>/<blobs_prefix>/sha256:<hex>` a layer. A layer is written only where there is none yet.
 
 use crate::{
-    Attributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
+    CacheAttributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
     blocks::{self, NewBlob, VERSION},
-    calls::{Call, Calls, Patience, Reply},
+    calls::{Call, Calls, Patience, StoreReply},
     encoded, encoded_path,
     listing::{Listing, QUESTIONS, present},
     machine::Machine,
@@ -56,7 +56,7 @@ struct Config {
 }
 
 impl Config {
-    fn of(attributes: &Attributes, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+    fn of(attributes: &CacheAttributes, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let text = |key: &str| attributes.get(key).map(String::as_str);
         let or = |key: &str, name: &str| text(key).map(str::to_owned).or_else(|| variable(name));
         let url = or("account_url", "BUILDKIT_AZURE_STORAGE_ACCOUNT_URL").ok_or_else(|| {
@@ -136,7 +136,7 @@ impl AzBlob {
         Self { machine, own: Mutex::default() }
     }
 
-    fn config(&self, attributes: &Attributes) -> Result<Config> {
+    fn config(&self, attributes: &CacheAttributes) -> Result<Config> {
         Config::of(attributes, |name| self.machine.variable(name))
     }
 
@@ -170,14 +170,14 @@ impl Service for AzBlob {
         "exporting cache to Azure Blob Storage"
     }
 
-    fn place(&self, attributes: &Attributes) -> Result<String> {
+    fn place(&self, attributes: &CacheAttributes) -> Result<String> {
         let config =
             self.config(attributes).map_err(|f| f.context("failed to create azblob config"))?;
         let keys: Vec<String> = config.names.iter().map(|n| config.manifest_key(n)).collect();
         Ok(format!("{} {keys:?}", config.container))
     }
 
-    async fn open(&self, attributes: &Attributes) -> Result<Arc<dyn ObjectCache>> {
+    async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>> {
         let config = self.config(attributes)?;
         let signer = self.signer(&config)?;
         let client = self.machine.client().await?;
@@ -193,14 +193,14 @@ struct Container {
 }
 
 impl Container {
-    async fn send(&self, call: Call<'_>) -> Result<Reply> {
+    async fn send(&self, call: Call<'_>) -> Result<StoreReply> {
         self.calls.send(&call.header(VERSION.0, VERSION.1), &self.signer).await
     }
 
     async fn make(&self) -> Result<()> {
         let call = Call::new(Method::PUT, self.config.container_uri("")?, "make the container");
         match self.send(call).await {
-            // Somebody else was faster.
+            // Another client was faster.
             Err(fault) if fault.is_already_exists() => Ok(()),
             other => other.map(drop),
         }
@@ -317,13 +317,12 @@ impl ObjectCache for Container {
         Ok(all.into_iter().flatten().collect())
     }
 
-    /// One list tells of all layers in a container that is not large; of the others, each is asked
-    /// for.
+    /// One list has all layers in a container that is not large; each of the others is asked for.
     async fn present(&self, layers: &[Descriptor]) -> Result<HashSet<Digest>> {
         let listing = &Listing::of(layers, self.list()).await?;
         present(layers, QUESTIONS, |layer| async move {
             let size = match listing.find(&self.config.blob_key(&layer.digest)) {
-                Some(told) => told,
+                Some(listed) => listed,
                 None => self.size(&layer).await?,
             };
             Ok(size == Some(layer.size))
@@ -349,7 +348,7 @@ impl ObjectCache for Container {
         loop {
             let blob = self.new_blob(&uri, only_new, action.clone());
             match blob.write(content, layer.size).await {
-                // The container is made by who first needs it.
+                // The container is made when it is first needed.
                 Err(fault) if fault.is_not_found() && !made => {
                     self.make().await?;
                     made = true;
@@ -467,7 +466,7 @@ mod tests {
         };
         let refused = open("http://me.example.com").await.map(drop).unwrap_err();
         assert!(refused.message().contains("over plain HTTP"), "{refused}");
-        // On this machine nobody listens.
+        // On this machine nothing listens.
         let cache = open(&stores.url()).await.unwrap();
         assert!(cache.configs().await.unwrap().is_empty());
         let asked = stores.take().remove(0);
@@ -501,7 +500,7 @@ mod tests {
                 }
             })
             .await;
-            let attributes = Attributes::from(
+            let attributes = CacheAttributes::from(
                 [("account_url", store.url()), ("secret_access_key", "a2V5".to_owned())]
                     .map(|(k, v)| (k.to_owned(), v)),
             );
@@ -528,7 +527,7 @@ mod tests {
                 _ => answer(201, ""),
             })
             .await;
-            let attributes = Attributes::from(
+            let attributes = CacheAttributes::from(
                 [("account_url", store.url()), ("secret_access_key", "a2V5".to_owned())]
                     .map(|(k, v)| (k.to_owned(), v)),
             );

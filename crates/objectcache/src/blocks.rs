@@ -3,7 +3,7 @@
 
 use crate::{
     LayerContent,
-    calls::{Call, Calls, Payload, Sign, Words},
+    calls::{Call, Calls, Payload, Sign, StoreError},
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -98,7 +98,7 @@ fn base64(digits: &str) -> String {
 }
 
 /// What an error document of Azure says.
-pub(crate) fn error(bytes: &[u8]) -> Words {
+pub(crate) fn error(bytes: &[u8]) -> StoreError {
     #[derive(Default, Deserialize)]
     #[serde(default, rename_all = "PascalCase")]
     struct Refusal {
@@ -109,7 +109,7 @@ pub(crate) fn error(bytes: &[u8]) -> Words {
     let text = std::str::from_utf8(bytes).unwrap_or_default().trim_start_matches('\u{feff}');
     let Refusal { code, message } = quick_xml::de::from_str(text).unwrap_or_default();
     // The rest are a request's number and a time.
-    Words { code, message: message.lines().next().unwrap_or_default().to_owned() }
+    StoreError { code, message: message.lines().next().unwrap_or_default().to_owned() }
 }
 
 #[cfg(test)]
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(said.code, "BlobNotFound");
         assert_eq!(said.message, "The specified blob does not exist.");
         for garbage in [&b"\xff\xfe"[..], b"<", b""] {
-            assert_eq!(error(garbage), Words::default());
+            assert_eq!(error(garbage), StoreError::default());
         }
     }
 

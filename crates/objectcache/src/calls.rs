@@ -52,7 +52,7 @@ impl Default for Patience {
     }
 }
 
-/// Puts into a request what shows who asks.
+/// Adds credentials to a request.
 #[async_trait]
 pub(crate) trait Sign: Send + Sync {
     async fn sign(&self, head: &mut Parts) -> Result<()>;
@@ -137,13 +137,13 @@ impl<'a> Call<'a> {
 }
 
 /// An answer, not an error.
-pub(crate) struct Reply {
+pub(crate) struct StoreReply {
     pub headers: HeaderMap,
     pub status: StatusCode,
     pub body: BodyReader,
 }
 
-impl Reply {
+impl StoreReply {
     /// A header as text.
     pub fn header(&self, name: impl header::AsHeaderName) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
@@ -172,7 +172,7 @@ impl Reply {
 
 /// What an error document of a store says.
 #[derive(Debug, Default, PartialEq)]
-pub(crate) struct Words {
+pub(crate) struct StoreError {
     /// The store's name for the error: `NoSuchKey`.
     pub code: String,
     /// A sentence.
@@ -196,7 +196,7 @@ pub(crate) struct Calls {
     patience: Patience,
     /// Since when nothing but failures came.
     failing: Mutex<Option<Instant>>,
-    words: fn(&[u8]) -> Words,
+    words: fn(&[u8]) -> StoreError,
 }
 
 impl Calls {
@@ -205,13 +205,13 @@ impl Calls {
         client: Client,
         store: &'static str,
         patience: Patience,
-        words: fn(&[u8]) -> Words,
+        words: fn(&[u8]) -> StoreError,
     ) -> Self {
         Self { client, store, patience, failing: Mutex::new(None), words }
     }
 
     /// Sends `call`, signed anew with each try.
-    pub async fn send(&self, call: &Call<'_>, signer: &dyn Sign) -> Result<Reply> {
+    pub async fn send(&self, call: &Call<'_>, signer: &dyn Sign) -> Result<StoreReply> {
         let mut pause = self.patience.pause;
         let mut tries = 1;
         loop {
@@ -244,7 +244,7 @@ impl Calls {
         since.elapsed() + wait <= self.patience.budget
     }
 
-    async fn once(&self, call: &Call<'_>, signer: &dyn Sign) -> Result<Reply, Failure> {
+    async fn once(&self, call: &Call<'_>, signer: &dyn Sign) -> Result<StoreReply, Failure> {
         let begun = Instant::now();
         // What takes long counts from its beginning.
         let fail = |fault: Fault, may_pass: bool| {
@@ -286,7 +286,7 @@ impl Calls {
         })?;
         if response.head.status.is_success() {
             let Response { head, body, .. } = response;
-            return Ok(Reply { headers: head.headers, status: head.status, body });
+            return Ok(StoreReply { headers: head.headers, status: head.status, body });
         }
         let (status, after) = (response.head.status, retry_after(&response.head.headers));
         let uri = display_of(&response.uri);
@@ -310,8 +310,8 @@ fn may_pass(error: &HttpError) -> bool {
 }
 
 /// The fault that an answer stands for, and whether it may pass.
-fn judged(status: StatusCode, said: &Words, method: &Method, uri: &str) -> (Fault, bool) {
-    let Words { code, message } = said;
+fn judged(status: StatusCode, said: &StoreError, method: &Method, uri: &str) -> (Fault, bool) {
+    let StoreError { code, message } = said;
     let mut text = format!("{method} request to {uri}: {}", status.as_u16());
     for part in [code, message] {
         if !part.is_empty() {
@@ -377,7 +377,7 @@ pub(crate) mod tests {
     #[test]
     fn what_may_pass_is_tried_again() {
         let of = |status: u16, code: &str| {
-            let words = Words { code: code.into(), message: "m".into() };
+            let words = StoreError { code: code.into(), message: "m".into() };
             let status = StatusCode::from_u16(status).unwrap();
             let (fault, passing) = judged(status, &words, &Method::PUT, "http://h/k");
             (fault.code(), passing)

@@ -2,15 +2,15 @@
 //!
 //! The first is REST (`url`), the second is Twirp with JSON (`url_v2`) whose entries are block
 //! blobs behind signed addresses. Entries have keys and cannot be changed; a name that is to
-//! change, an index, is a key with a number, and who looks for its beginning gets the newest. What
+//! change, an index, is a key with a number, and a look-up of its beginning gives the newest. What
 //! a job may read and write says its token (`token`).
 
 mod token;
 
 use crate::{
-    Attributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
+    CacheAttributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
     blocks::{self, NewBlob},
-    calls::{Call, Calls, Patience, Payload, Reply, Sign, Words},
+    calls::{Call, Calls, Patience, Payload, Sign, StoreError, StoreReply},
     listing::present,
     machine::Machine,
 };
@@ -42,7 +42,7 @@ const PARALLEL: usize = 4;
 /// Keys of a page of the list of all, and most pages that are read.
 const PER_PAGE: usize = 100;
 const MAX_PAGES: usize = 100;
-/// How often an index is written under the next number because somebody else took this one.
+/// How often an index is written under the next number because another client took this one.
 const MAX_NUMBERS: u32 = 10;
 /// How long a busy service is waited for, unless `timeout` says so.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -71,7 +71,7 @@ struct Config {
 }
 
 impl Config {
-    fn of(attributes: &Attributes) -> Result<Self> {
+    fn of(attributes: &CacheAttributes) -> Result<Self> {
         let text = |key: &str| attributes.get(key).map(String::as_str);
         let unset = |what: &str| Fault::invalid(format!("{what} not set for github actions cache"));
         let token = text("token").ok_or_else(|| unset("token"))?.to_owned();
@@ -136,13 +136,13 @@ impl Service for Gha {
         "exporting to GitHub Actions Cache"
     }
 
-    fn place(&self, attributes: &Attributes) -> Result<String> {
+    fn place(&self, attributes: &CacheAttributes) -> Result<String> {
         let config = Config::of(attributes)?;
         let token = Token::parse(&config.token, SystemTime::now())?;
         Ok(format!("{} {}", config.url, index_key(&config.scope, token.writable())))
     }
 
-    async fn open(&self, attributes: &Attributes) -> Result<Arc<dyn ObjectCache>> {
+    async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>> {
         let config = Config::of(attributes)?;
         let token = Token::parse(&config.token, SystemTime::now())?;
         let patience = Patience { budget: config.timeout, ..Patience::default() };
@@ -169,7 +169,7 @@ fn blob_key(layer: &Digest) -> String {
 }
 
 /// What an error document says: of the first protocol, or of Twirp.
-fn error(bytes: &[u8]) -> Words {
+fn error(bytes: &[u8]) -> StoreError {
     #[derive(Default, Deserialize)]
     #[serde(default, rename_all = "camelCase")]
     struct Refusal {
@@ -181,7 +181,7 @@ fn error(bytes: &[u8]) -> Words {
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let said: Refusal = serde_json::from_slice(text).unwrap_or_default();
     let or = |a: String, b: String| if a.is_empty() { b } else { a };
-    Words { code: or(said.type_key, said.code), message: or(said.message, said.msg) }
+    StoreError { code: or(said.type_key, said.code), message: or(said.message, said.msg) }
 }
 
 /// Whether a fault says that there is such an entry already.
@@ -270,7 +270,7 @@ impl Cache {
         Digest::of(VERSION_OF).hex()
     }
 
-    async fn send(&self, call: Call<'_>) -> Result<Reply> {
+    async fn send(&self, call: Call<'_>) -> Result<StoreReply> {
         self.calls.send(&call, &Bearer(&self.token.text)).await
     }
 
@@ -437,7 +437,7 @@ impl Cache {
         }
     }
 
-    async fn download(&self, uri: &Uri, offset: u64, action: String) -> Result<Reply> {
+    async fn download(&self, uri: &Uri, offset: u64, action: String) -> Result<StoreReply> {
         let mut call = Call::new(Method::GET, uri.clone(), action).following();
         if offset > 0 {
             call = call.header("range", format!("bytes={offset}-"));
@@ -521,7 +521,7 @@ impl ObjectCache for Cache {
         Ok(all.into_iter().flatten().collect())
     }
 
-    /// GitHub's API tells of all at once where there is a token for it. It is not asked again when
+    /// GitHub's API lists all at once where there is a token for it. It is not asked again when
     /// it fails: then each layer is asked for.
     async fn present(&self, layers: &[Descriptor]) -> Result<HashSet<Digest>> {
         if let Some((repository, token)) = &self.config.api {
@@ -531,7 +531,7 @@ impl ObjectCache for Cache {
                     return Ok(there.filter(|d| keys.contains(&blob_key(d))).collect());
                 }
                 Err(fault) => {
-                    tracing::info!(error = %fault, "keys of GitHub's cache cannot be listed, asking for each layer");
+                    tracing::info!(error = %fault, "failed to list the keys of GitHub's cache, asking for each layer");
                 }
             }
         }
@@ -568,15 +568,15 @@ impl ObjectCache for Cache {
         let key = blob_key(&layer.digest);
         let place = match self.reserve(&key).await {
             Ok(place) => place,
-            // Somebody else writes it, or has.
+            // Another client writes it, or has.
             Err(fault) if exists(&fault) => return Ok(()),
             Err(fault) => return Err(fault),
         };
         self.fill(&key, &place, content, layer.size).await
     }
 
-    /// An index of the same bytes is left as it is. A number that somebody else took is passed
-    /// over: who took it may have stopped before it was whole.
+    /// An index of the same bytes is left as it is. A number that another client took is passed
+    /// over: that client may have stopped before it was whole.
     async fn publish(&self, config: Bytes) -> Result<()> {
         let key = index_key(&self.config.scope, self.token.writable());
         let newest = self.find(&format!("{key}#")).await?;

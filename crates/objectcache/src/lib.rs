@@ -7,7 +7,7 @@
 //! `remotecache`'s business; here it is bytes.
 //!
 //! Requests go through `calls`, which signs, limits, and tries again. Answers are foreign bytes:
-//! each is bounded, and layers are checked against their digests by whoever stores them.
+//! each is bounded, and layers are checked against their digests by the callers that store them.
 //!
 //! `reqsign-*` (kept by the Apache OpenDAL project) signs requests and knows where a machine has
 //! its credentials: environment, profiles, web identity, metadata services. Their network, files
@@ -41,7 +41,7 @@ use std::{
 };
 
 /// Attributes of a request to import or export a cache.
-pub type Attributes = BTreeMap<String, String>;
+pub type CacheAttributes = BTreeMap<String, String>;
 
 /// Largest config that is read.
 pub const MAX_CONFIG: u64 = 64 << 20;
@@ -61,10 +61,10 @@ pub trait Service: Send + Sync {
 
     /// Checks the attributes of a request. Gives the place that they name: equal places are one
     /// cache.
-    fn place(&self, attributes: &Attributes) -> Result<String>;
+    fn place(&self, attributes: &CacheAttributes) -> Result<String>;
 
     /// The cache that the attributes name, for one import or one export. Nothing is sent yet.
-    async fn open(&self, attributes: &Attributes) -> Result<Arc<dyn ObjectCache>>;
+    async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>>;
 }
 
 /// One cache in a store.
@@ -76,7 +76,7 @@ pub trait ObjectCache: Send + Sync {
     /// Layers that may be on their way at the same time.
     fn parallelism(&self) -> usize;
 
-    /// The configs to import. None where nobody exported a cache yet.
+    /// The configs to import. None where no cache was exported yet.
     async fn configs(&self) -> Result<Vec<Bytes>>;
 
     /// Which of these layers are there, and will be for a while.

@@ -1,5 +1,5 @@
-//! Which layers a store has: one list of its objects tells of those that it reaches, and of the
-//! others each is asked for.
+//! Which layers a store has: one list of its objects has those that it reaches, and each of the
+//! others is asked for.
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use shipway_fault::Result;
@@ -25,7 +25,7 @@ enum Reach {
 }
 
 impl<T: Copy> Listing<T> {
-    /// One that tells of no object.
+    /// One that lists no object.
     pub fn nothing() -> Self {
         Self { objects: HashMap::new(), reach: Reach::Nothing }
     }

@@ -33,8 +33,8 @@ pub(crate) struct Machine {
 
 impl Machine {
     pub fn new(denied: DeniedNetworks) -> Self {
-        // Nobody but this machine's administrator says where its credentials come from, so that
-        // networks which are closed to builds are open to this.
+        // Only this machine's administrator says where its credentials come from, so networks that
+        // are closed to builds are open to this.
         let own = Connections::new(NEAR, DeniedNetworks::default());
         let context = Context::new()
             .with_env(OsEnv)

@@ -9,8 +9,8 @@ mod config;
 mod xml;
 
 use crate::{
-    Attributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
-    calls::{Call, Calls, Patience, Payload, Reply},
+    CacheAttributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
+    calls::{Call, Calls, Patience, Payload, StoreReply},
     encoded,
     listing::{Listing, QUESTIONS, present},
     machine::Machine,
@@ -59,7 +59,7 @@ impl S3 {
         Self { machine, own: Mutex::default() }
     }
 
-    fn config(&self, attributes: &Attributes) -> Result<Config> {
+    fn config(&self, attributes: &CacheAttributes) -> Result<Config> {
         Config::of(attributes, |name| self.machine.variable(name))
     }
 
@@ -88,13 +88,13 @@ impl Service for S3 {
         "exporting cache to Amazon S3"
     }
 
-    fn place(&self, attributes: &Attributes) -> Result<String> {
+    fn place(&self, attributes: &CacheAttributes) -> Result<String> {
         let config = self.config(attributes)?;
         let keys: Vec<String> = config.names.iter().map(|n| config.manifest_key(n)).collect();
         Ok(format!("{} {keys:?}", config.base))
     }
 
-    async fn open(&self, attributes: &Attributes) -> Result<Arc<dyn ObjectCache>> {
+    async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>> {
         let config = self.config(attributes)?;
         let patience = Patience { tries: config.tries, ..Patience::default() };
         let calls = Calls::new(self.machine.client().await?, "S3", patience, xml::error);
@@ -117,7 +117,7 @@ struct Object {
 }
 
 impl Bucket {
-    async fn send(&self, call: Call<'_>) -> Result<Reply> {
+    async fn send(&self, call: Call<'_>) -> Result<StoreReply> {
         self.calls.send(&call, &self.signer).await
     }
 
@@ -204,7 +204,7 @@ impl Bucket {
         let upload = xml::upload(&self.send(begin).await?.bytes(MAX_ANSWER).await?)?;
         let done = self.parts(key, &upload, size, part, action, fill).await;
         if done.is_err() {
-            // What is left of it costs money until somebody removes it.
+            // What is left of it costs money until it is removed.
             let query = format!("uploadId={}", encoded(&upload));
             let call = self.call(Method::DELETE, key, &query, "give up an upload".into())?;
             if let Err(fault) = self.send(call).await {
@@ -280,13 +280,13 @@ impl ObjectCache for Bucket {
         }
     }
 
-    /// One list tells of all layers in a bucket that is not large; of the others, each is asked
-    /// for. An object of another size is not the layer.
+    /// One list has all layers in a bucket that is not large; each of the others is asked for. An
+    /// object of another size is not the layer.
     async fn present(&self, layers: &[Descriptor]) -> Result<HashSet<Digest>> {
         let listing = &Listing::of(layers, self.list()).await?;
         present(layers, QUESTIONS, |layer| async move {
             let object = match listing.find(&self.config.blob_key(&layer.digest)) {
-                Some(told) => told,
+                Some(listed) => listed,
                 None => self.head(&layer).await?,
             };
             let Some(object) = object.filter(|o| o.size == layer.size) else { return Ok(false) };

@@ -25,8 +25,8 @@ pub(crate) fn null_if_empty<S: serde::Serializer, T: Serialize>(
     if list.is_empty() { s.serialize_none() } else { list.serialize(s) }
 }
 
-/// Reads a time and writes it again, as Go does. What is not a time stays as it is; who needs one
-/// will say so.
+/// Reads a time and writes it again, as Go does. What is not a time stays as it is: callers
+/// that need one refuse it.
 fn time<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
     Ok(Option::<String>::deserialize(d)?.map(|text| gojson::time(&text).unwrap_or(text)))
 }

@@ -243,7 +243,7 @@ mod tests {
                 .contains("needs its own result")
         );
         drop(second);
-        // What has ended is waited for by nobody.
+        // Nothing waits for what has ended.
         assert!(graphs.enter(c, [a]).is_ok());
         drop(first);
         assert!(graphs.0.lock().running.is_empty());

@@ -184,7 +184,7 @@ impl Container {
     }
 }
 
-/// Lets those in who want to join a container, once it is dropped.
+/// Lets processes join a container, once it is dropped.
 struct Begin(Arc<watch::Sender<bool>>);
 
 impl Drop for Begin {

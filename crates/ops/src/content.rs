@@ -3,11 +3,11 @@
 use parking_lot::Mutex;
 use shipway_fault::{Code, Fault, Result};
 use shipway_fileops::first_missing;
-use shipway_filesync::{DirMatch, PathFilter as Patterns, Verdict as Judgment};
+use shipway_filesync::{DirMatch, PathFilter as Patterns, Verdict};
 use shipway_gocompat::{path::rooted, quote};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
-use shipway_refs::{ImmutableRef, PathFilter, Selector, Verdict};
+use shipway_refs::{ImmutableRef, PathFilter, PathVerdict, Selector};
 use std::sync::Arc;
 
 /// What is read of an input.
@@ -66,7 +66,7 @@ impl Walk {
 }
 
 impl PathFilter for Walk {
-    fn decide(&self, path: &str, is_dir: bool) -> Verdict {
+    fn decide(&self, path: &str, is_dir: bool) -> PathVerdict {
         let mut way = self.way.lock();
         let parent = path.rsplit_once('/').map_or("", |(dir, _)| dir);
         while way.last().is_some_and(|(dir, _)| dir != parent) {
@@ -78,9 +78,9 @@ impl PathFilter for Walk {
             way.push((path.to_owned(), state));
         }
         match judgment {
-            Judgment::Keep => Verdict::Take,
-            Judgment::Pass if is_dir => Verdict::Descend,
-            Judgment::Pass | Judgment::Prune => Verdict::Skip,
+            Verdict::Keep => PathVerdict::Take,
+            Verdict::Pass if is_dir => PathVerdict::Descend,
+            Verdict::Pass | Verdict::Prune => PathVerdict::Skip,
         }
     }
 }
@@ -146,10 +146,10 @@ mod tests {
     #[test]
     fn a_walk_remembers_its_way() {
         let walk = Walk::new(&["a/**/x".into()], &["a/skip".into()]).expect("patterns");
-        assert_eq!(walk.decide("a", true), Verdict::Descend);
-        assert_eq!(walk.decide("a/b", true), Verdict::Descend);
-        assert_eq!(walk.decide("a/b/x", false), Verdict::Take);
-        assert_eq!(walk.decide("a/skip", true), Verdict::Skip);
-        assert_eq!(walk.decide("c", false), Verdict::Skip);
+        assert_eq!(walk.decide("a", true), PathVerdict::Descend);
+        assert_eq!(walk.decide("a/b", true), PathVerdict::Descend);
+        assert_eq!(walk.decide("a/b/x", false), PathVerdict::Take);
+        assert_eq!(walk.decide("a/skip", true), PathVerdict::Skip);
+        assert_eq!(walk.decide("c", false), PathVerdict::Skip);
     }
 }

@@ -44,9 +44,9 @@ impl DeviceGrants {
         Ok(())
     }
 
-    /// What a step that asks for `asked` gets of what is `there`. Who may use everything gets what
-    /// it asks for when it runs; for others it is decided here, and by full names, so that it is
-    /// these that the step's key is made of.
+    /// What a step that asks for `asked` gets of what is `there`. One that may use everything gets
+    /// what it asks for when it runs; for others it is decided here, and by full names, so that it
+    /// is these that the step's key is made of.
     fn choose(&self, asked: &[CdiDevice], there: &Devices) -> Result<Vec<CdiDevice>> {
         if self.all {
             return Ok(asked.to_vec());

@@ -6,7 +6,7 @@ use shipway_oci::{Digest, Hasher};
 use shipway_solver::{CacheMap, InputMap, KeyPart};
 use std::fmt::Write as _;
 
-/// Parts of one key that are told apart; what more there is has one name.
+/// Parts of one key that are named each; what is beyond has one name.
 const MAX_PARTS: usize = 128;
 /// Longest name of a part, in bytes.
 const MAX_PART_NAME: usize = 128;

@@ -1,4 +1,4 @@
-//! Snapshots that live no longer than somebody has them: active ones and views.
+//! Snapshots that live no longer than their handles: active ones and views.
 
 use crate::{
     backend::Backend,
@@ -20,7 +20,7 @@ pub(crate) struct Active {
 }
 
 /// What a snapshotter answers when it is asked for a layer.
-pub(crate) enum Prepared {
+pub(crate) enum PreparedLayer {
     /// An active snapshot to unpack the layer into.
     Active(Active),
     /// It has the layer's snapshot already, which is in this lease now.
@@ -47,18 +47,18 @@ impl Active {
         backend: &Arc<Backend>,
         parent: Option<&SnapshotKey>,
         labels: &Labels,
-    ) -> Result<Prepared> {
+    ) -> Result<PreparedLayer> {
         let mut active = Self::named(backend, "extract").await?;
         let (lease, key) = (&active.lease, &active.key);
         match backend.storage.snapshots.prepare(lease, key, parent, labels).await {
             Ok(mounts) => active.mounts = mounts,
             Err(e) if e.is_already_exists() && labels.contains_key(SNAPSHOT_REF) => {
                 active.armed = false;
-                return Ok(Prepared::Exists(active.lease.clone()));
+                return Ok(PreparedLayer::Exists(active.lease.clone()));
             }
             Err(e) => return Err(e),
         }
-        Ok(Prepared::Active(active))
+        Ok(PreparedLayer::Active(active))
     }
 
     /// A view of a committed snapshot, which need not belong to a record.

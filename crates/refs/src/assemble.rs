@@ -2,10 +2,10 @@
 
 use crate::{
     id::{RefId, id_of},
-    layer::{KnownBlob, LazyLayer, Place, StackedLayer},
+    layer::{BlobPlace, KnownBlob, LazyLayer, StackedLayer},
     layered::LayeredRef,
-    life::Stage,
-    record::{Body, RecordMeta, RecordType},
+    life::RecordStage,
+    record::{RecordBody, RecordMeta, RecordType},
     records::{Record, Records},
 };
 use std::{sync::Arc, time::SystemTime};
@@ -26,7 +26,7 @@ pub(crate) fn image(
     for layer in layers {
         seed += &format!(" {} {}", layer.diff_id, layer.descriptor.digest);
         let stacked = records.stacked_layer(layer.diff_id, stack.last());
-        let place = layer.source.map_or(Place::Stored(None), Place::Remote);
+        let place = layer.source.map_or(BlobPlace::Stored(None), BlobPlace::Remote);
         stacked.know(KnownBlob { descriptor: layer.descriptor, place });
         if let Some(created) = layer.created {
             stacked.set_created(created);
@@ -38,9 +38,9 @@ pub(crate) fn image(
         description,
         created: SystemTime::now(),
         parents: Vec::new(),
-        body: Body::Layers(Vec::new()),
+        body: RecordBody::Layers(Vec::new()),
     };
-    LayeredRef::insert(records, Record::new(id_of(seed), meta, stack, Stage::Lazy))
+    LayeredRef::insert(records, Record::new(id_of(seed), meta, stack, RecordStage::Lazy))
 }
 
 /// The state of `layers`, which `how` and their snapshots identify.
@@ -57,7 +57,7 @@ pub(crate) fn assembled(
         description,
         created: SystemTime::now(),
         parents,
-        body: Body::Layers(Vec::new()),
+        body: RecordBody::Layers(Vec::new()),
     };
-    LayeredRef::insert(records, Record::new(id_of(seed), meta, layers, Stage::Lazy))
+    LayeredRef::insert(records, Record::new(id_of(seed), meta, layers, RecordStage::Lazy))
 }

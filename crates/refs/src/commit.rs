@@ -6,7 +6,7 @@ use crate::{
     early_blob::UnownedBlob,
     exact,
     id::fresh_id,
-    life::Stage,
+    life::RecordStage,
     mount::is_lasting,
     record::RecordMeta,
     records::{Record, Records},
@@ -124,5 +124,5 @@ fn stacked(records: &Records, below: Option<&Record>, layer: &Hashed, meta: Reco
     stacked.new.store(true, Ordering::Relaxed);
     let layers =
         below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([stacked]).collect();
-    Record::new(fresh_id(), meta, layers, Stage::Lazy)
+    Record::new(fresh_id(), meta, layers, RecordStage::Lazy)
 }

@@ -5,7 +5,7 @@
 //! No commit waits for the disk. A committed snapshot bears the boot and the number of the period
 //! in which it was committed; some seconds later its file system is synced, and a small file says
 //! which periods that covers. At a start after another boot, what is of a later period is removed
-//! before anybody sees it. A start after the same boot finds the kernel's caches whole, however the
+//! before it can be used. A start after the same boot finds the kernel's caches whole, however the
 //! daemon ended.
 
 use parking_lot::Mutex;
@@ -46,7 +46,7 @@ struct SyncState {
     boot: String,
     /// Last period that is on the disk.
     synced: u64,
-    /// Whether everything is, because the daemon ended in peace and nothing was written since.
+    /// Whether everything is, because the daemon shut down cleanly and nothing was written since.
     clean: bool,
     /// Snapshots that should be gone and that others use.
     lost: HashSet<String>,

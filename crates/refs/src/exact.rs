@@ -2,9 +2,9 @@
 //!
 //! A snapshot under a chain ID is exactly what unpacking its layer over its parent gives, for
 //! containerd and all its clients take it for that. A step that left something that its layer
-//! cannot tell ([`shipway_archive::Loss`]: the root's owner, a socket, …) is a state like any other
-//! for the steps that follow, but its snapshot has a name of its own, and so has everything on top
-//! of it. What needs the chain ID, as an image does, unpacks the layer's blob
+//! cannot record ([`shipway_archive::Loss`]: the root's owner, a socket, …) is a state like any
+//! other for the steps that follow, but its snapshot has a name of its own, and so has everything
+//! on top of it. What needs the chain ID, as an image does, unpacks the layer's blob
 //! ([`crate::ImmutableRef::unpack`]).
 //!
 //! Names of our own promise nothing and mean nothing to other programs; they are in the

@@ -4,10 +4,10 @@ use crate::{
     commit::{hash, name, remember},
     id::RefId,
     layered::{LayeredRef, View},
-    life::Stage,
+    life::RecordStage,
     mount::LocalMount,
-    named_table::{NamedEntry, NamedTable, Reader},
-    record::{Body, RecordMeta, RecordType},
+    named_table::{EntryReader, NamedEntry, NamedTable},
+    record::{RecordBody, RecordMeta, RecordType},
     records::Records,
 };
 use futures::FutureExt as _;
@@ -20,7 +20,7 @@ use tokio::sync::OnceCell;
 /// A named state that is only read for now.
 pub(crate) struct Frozen {
     records: Arc<Records>,
-    reader: Reader,
+    reader: EntryReader,
     id: RefId,
     description: String,
     mounts: Vec<Mount>,
@@ -31,7 +31,7 @@ impl Frozen {
     /// A named state that `reader` holds.
     pub fn new(
         records: Arc<Records>,
-        reader: Reader,
+        reader: EntryReader,
         id: RefId,
         description: String,
         mounts: Vec<Mount>,
@@ -132,7 +132,7 @@ impl Frozen {
             description: self.description.clone(),
             created: SystemTime::now(),
             parents: entry.meta.parents.clone(),
-            body: Body::Layers(Vec::new()),
+            body: RecordBody::Layers(Vec::new()),
         };
         let background = records.backend.background.clone();
         let (records, table) = (records.clone(), self.reader.table().clone());
@@ -148,7 +148,7 @@ impl Frozen {
                 remember(&record, &mounts, below.is_some());
                 table.evict(&entry).await;
             }
-            record.life.reached(Stage::Committed);
+            record.life.reached(RecordStage::Committed);
             Ok(LayeredRef::insert(&records, record))
         };
         let made = background.finish("commit a frozen state", work).await?;

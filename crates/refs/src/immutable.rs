@@ -22,10 +22,10 @@ const MAX_NAMES: usize = 1000;
 /// A state that does not change: a stack of layers. Clones share it; while one lives, it is in use
 /// and not pruned.
 #[derive(Clone)]
-pub struct ImmutableRef(State);
+pub struct ImmutableRef(RefKind);
 
 #[derive(Clone)]
-enum State {
+enum RefKind {
     Layers(LayeredRef),
     /// A client's directory, which is no layer yet.
     Frozen(Arc<Frozen>),
@@ -33,13 +33,13 @@ enum State {
 
 impl From<LayeredRef> for ImmutableRef {
     fn from(layered: LayeredRef) -> Self {
-        Self(State::Layers(layered))
+        Self(RefKind::Layers(layered))
     }
 }
 
 impl From<Frozen> for ImmutableRef {
     fn from(frozen: Frozen) -> Self {
-        Self(State::Frozen(Arc::new(frozen)))
+        Self(RefKind::Frozen(Arc::new(frozen)))
     }
 }
 
@@ -53,48 +53,48 @@ impl ImmutableRef {
     /// The state as layers: itself, or what a client's directory becomes.
     pub(crate) async fn layered(&self) -> Result<LayeredRef> {
         match &self.0 {
-            State::Layers(layered) => Ok(layered.clone()),
-            State::Frozen(frozen) => frozen.layered().await,
+            RefKind::Layers(layered) => Ok(layered.clone()),
+            RefKind::Frozen(frozen) => frozen.layered().await,
         }
     }
 
     /// The state as layers, unless it is a client's directory.
     pub(crate) fn as_layered(&self) -> Option<&LayeredRef> {
         match &self.0 {
-            State::Layers(layered) => Some(layered),
-            State::Frozen(_) => None,
+            RefKind::Layers(layered) => Some(layered),
+            RefKind::Frozen(_) => None,
         }
     }
 
     /// The records that its own is one of.
     pub(crate) fn records(&self) -> &Arc<Records> {
         match &self.0 {
-            State::Layers(layered) => layered.records(),
-            State::Frozen(frozen) => frozen.records(),
+            RefKind::Layers(layered) => layered.records(),
+            RefKind::Frozen(frozen) => frozen.records(),
         }
     }
 
     /// Its identity, for [`crate::RefStore::get`].
     pub fn id(&self) -> &RefId {
         match &self.0 {
-            State::Layers(layered) => layered.id(),
-            State::Frozen(frozen) => frozen.id(),
+            RefKind::Layers(layered) => layered.id(),
+            RefKind::Frozen(frozen) => frozen.id(),
         }
     }
 
     /// What it is for.
     pub fn record_type(&self) -> RecordType {
         match &self.0 {
-            State::Layers(layered) => layered.record().record_type,
-            State::Frozen(frozen) => frozen.record_type(),
+            RefKind::Layers(layered) => layered.record().record_type,
+            RefKind::Frozen(frozen) => frozen.record_type(),
         }
     }
 
     /// Description shown to users.
     pub fn description(&self) -> &str {
         match &self.0 {
-            State::Layers(layered) => &layered.record().description,
-            State::Frozen(frozen) => frozen.description(),
+            RefKind::Layers(layered) => &layered.record().description,
+            RefKind::Frozen(frozen) => frozen.description(),
         }
     }
 
@@ -163,16 +163,16 @@ impl ImmutableRef {
     /// their diffIDs. `progress` reports it where the state has no origin.
     pub async fn materialize(&self, progress: Option<&Reporter>) -> Result<()> {
         match &self.0 {
-            State::Layers(layered) => layered.materialize(progress).await,
-            State::Frozen(_) => Ok(()),
+            RefKind::Layers(layered) => layered.materialize(progress).await,
+            RefKind::Frozen(_) => Ok(()),
         }
     }
 
     /// Whether it is the very same state, not one that was made again under the same id.
     pub fn is_same(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
-            (State::Layers(a), State::Layers(b)) => a.is_same(b),
-            (State::Frozen(a), State::Frozen(b)) => Arc::ptr_eq(a, b),
+            (RefKind::Layers(a), RefKind::Layers(b)) => a.is_same(b),
+            (RefKind::Frozen(a), RefKind::Frozen(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }
@@ -186,8 +186,8 @@ impl ImmutableRef {
     /// The state as a read-only directory of the host. Several callers share one mount.
     pub async fn mount(&self) -> Result<LocalMount> {
         match &self.0 {
-            State::Layers(layered) => layered.mount().await,
-            State::Frozen(frozen) => frozen.mount().await,
+            RefKind::Layers(layered) => layered.mount().await,
+            RefKind::Frozen(frozen) => frozen.mount().await,
         }
         .context(|| format!("look into {}", self.description()))
     }
@@ -195,8 +195,8 @@ impl ImmutableRef {
     /// The state for a process that only reads.
     pub async fn view(&self) -> Result<View> {
         match &self.0 {
-            State::Layers(layered) => layered.view().await,
-            State::Frozen(frozen) => Ok(frozen.view()),
+            RefKind::Layers(layered) => layered.view().await,
+            RefKind::Frozen(frozen) => Ok(frozen.view()),
         }
     }
 
@@ -205,8 +205,8 @@ impl ImmutableRef {
     pub async fn checksum(&self, selector: &Selector) -> Result<Digest> {
         // What a client's directory should have, its frontend explains: it knows the ignore file.
         let (index, suggests) = match &self.0 {
-            State::Layers(layered) => (layered.record().index.clone(), true),
-            State::Frozen(frozen) => (frozen.index().clone(), false),
+            RefKind::Layers(layered) => (layered.record().index.clone(), true),
+            RefKind::Frozen(frozen) => (frozen.index().clone(), false),
         };
         let (mount, selector) = (self.mount().await?, selector.clone());
         let work = move || {
@@ -225,8 +225,8 @@ impl ImmutableRef {
     /// Bytes on disk, parents not counted.
     pub async fn size(&self) -> Result<u64> {
         match &self.0 {
-            State::Layers(layered) => layered.records().size_of(layered.record()).await,
-            State::Frozen(frozen) => frozen.size().await,
+            RefKind::Layers(layered) => layered.records().size_of(layered.record()).await,
+            RefKind::Frozen(frozen) => frozen.size().await,
         }
     }
 }

@@ -44,8 +44,8 @@ pub trait LayerSource: Send + Sync {
         progress: Option<&Reporter>,
     ) -> Result<()>;
 
-    /// The bytes of `layer` from their beginning, for those who pass them on and keep nothing. The
-    /// end comes as an error if they were not those of its digest.
+    /// The bytes of `layer` from their beginning, for callers that pass them on and keep nothing.
+    /// The end comes as an error if they were not those of its digest.
     async fn open(&self, layer: &Descriptor) -> Result<Box<dyn BlobReader>>;
 
     /// Gives a remote snapshotter what it needs besides labels to read from this source:
@@ -72,7 +72,7 @@ pub trait LayerSource: Send + Sync {
         false
     }
 
-    /// Whether it is known to give nothing any more: the client who had the bytes is gone.
+    /// Whether it is known to give nothing any more: the client that had the bytes is gone.
     fn is_gone(&self) -> bool {
         false
     }
@@ -160,7 +160,7 @@ pub(crate) fn lost(
 pub(crate) fn is_lost(stacked: &StackedLayer, in_snapshot: bool, fault: &Fault) -> bool {
     let only = |source: u64| {
         let blobs = stacked.blobs();
-        let its = |b: &KnownBlob| matches!(&b.place, Place::Remote(s) if s.id().0 == source);
+        let its = |b: &KnownBlob| matches!(&b.place, BlobPlace::Remote(s) if s.id().0 == source);
         !in_snapshot && stacked.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
     };
     fault.details().iter().any(|detail| {
@@ -213,20 +213,20 @@ struct Origin {
 #[derive(Clone)]
 pub(crate) struct KnownBlob {
     pub descriptor: Descriptor,
-    pub place: Place,
+    pub place: BlobPlace,
 }
 
 /// Where a blob is.
 #[derive(Clone)]
-pub(crate) enum Place {
+pub(crate) enum BlobPlace {
     /// It was seen in the content store; should it go from there, this source may have it.
     Stored(Option<Arc<dyn LayerSource>>),
     /// This source has it.
     Remote(Arc<dyn LayerSource>),
 }
 
-impl Place {
-    /// Who else has it, or who has it.
+impl BlobPlace {
+    /// The source that has it, or that has it besides the store.
     pub fn source(&self) -> Option<&Arc<dyn LayerSource>> {
         match self {
             Self::Stored(source) => source.as_ref(),
@@ -250,18 +250,18 @@ pub(crate) struct IndexedBlob {
 impl KnownBlob {
     /// A blob in the content store.
     pub fn stored(descriptor: Descriptor) -> Self {
-        Self { descriptor, place: Place::Stored(None) }
+        Self { descriptor, place: BlobPlace::Stored(None) }
     }
 
     pub fn is_stored(&self) -> bool {
-        matches!(self.place, Place::Stored(_))
+        matches!(self.place, BlobPlace::Stored(_))
     }
 
     /// Whether it is stored, or its source is there.
     pub fn may_be_had(&self) -> bool {
         match &self.place {
-            Place::Stored(_) => true,
-            Place::Remote(source) => !source.is_gone(),
+            BlobPlace::Stored(_) => true,
+            BlobPlace::Remote(source) => !source.is_gone(),
         }
     }
 }
@@ -310,8 +310,8 @@ impl StackedLayer {
                 let better = new.is_some_and(|new| old.is_none_or(|old| lasts(new) >= lasts(old)));
                 let source = if better { new } else { old }.cloned();
                 known.place = match source {
-                    Some(source) if !stored => Place::Remote(source),
-                    source => Place::Stored(source),
+                    Some(source) if !stored => BlobPlace::Remote(source),
+                    source => BlobPlace::Stored(source),
                 };
             }
             None => origin.blobs.push(blob),
@@ -343,7 +343,7 @@ impl StackedLayer {
             }
             let source = known.place.source().cloned();
             source.is_some_and(|source| {
-                known.place = Place::Remote(source);
+                known.place = BlobPlace::Remote(source);
                 true
             })
         });
@@ -354,8 +354,8 @@ impl StackedLayer {
         let origin = self.origin.lock();
         let blob = origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest)?;
         match &blob.place {
-            Place::Stored(_) => None,
-            Place::Remote(source) => Some(source.origin().unwrap_or_else(|| source.describe())),
+            BlobPlace::Stored(_) => None,
+            BlobPlace::Remote(source) => Some(source.origin().unwrap_or_else(|| source.describe())),
         }
     }
 
@@ -395,9 +395,9 @@ impl StackedLayer {
         let mut found = None;
         for blob in self.blobs() {
             match blob.place {
-                Place::Stored(_) => return None,
-                Place::Remote(source) if source.is_clients() => {}
-                Place::Remote(source) => found = found.or(Some((blob.descriptor, source))),
+                BlobPlace::Stored(_) => return None,
+                BlobPlace::Remote(source) if source.is_clients() => {}
+                BlobPlace::Remote(source) => found = found.or(Some((blob.descriptor, source))),
             }
         }
         found

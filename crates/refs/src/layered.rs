@@ -4,9 +4,9 @@ use crate::{
     active::Active,
     id::RefId,
     layer,
-    life::Stage,
+    life::RecordStage,
     mount::{LocalMount, WeakMount, is_lasting},
-    record::{Body, RecordMeta, RecordType},
+    record::{RecordBody, RecordMeta, RecordType},
     records::{Record, RecordUse, Records},
 };
 use futures::FutureExt as _;
@@ -70,9 +70,9 @@ impl LayeredRef {
             description: SCRATCH.into(),
             created: SystemTime::UNIX_EPOCH,
             parents: Vec::new(),
-            body: Body::Layers(Vec::new()),
+            body: RecordBody::Layers(Vec::new()),
         };
-        let record = Record::new(RefId(SCRATCH.into()), meta, Vec::new(), Stage::Committed);
+        let record = Record::new(RefId(SCRATCH.into()), meta, Vec::new(), RecordStage::Committed);
         Self::of(RecordUse::of(records, Arc::new(record)))
     }
 
@@ -113,7 +113,7 @@ impl LayeredRef {
 
     /// Whether `fault` says that the state can no longer be had.
     pub fn is_lost(&self, fault: &Fault) -> bool {
-        let committed = self.record().life.stage() == Stage::Committed;
+        let committed = self.record().life.stage() == RecordStage::Committed;
         self.record().layers.iter().any(|c| layer::is_lost(c, committed, fault))
     }
 

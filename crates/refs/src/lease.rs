@@ -3,7 +3,7 @@
 use crate::{
     exact,
     layer::KnownBlob,
-    life::Stage,
+    life::RecordStage,
     record,
     records::{Record, Records},
 };
@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 impl Records {
     /// Makes the lease of a record; its labels are final from then on.
     pub async fn ensure_lease(&self, record: &Record) -> Result<()> {
-        let Some(step) = record.life.step(Stage::Leased).await else { return Ok(()) };
+        let Some(step) = record.life.step(RecordStage::Leased).await else { return Ok(()) };
         let labels = record::labels_of(&record.meta());
         match self.backend.storage.leases.create(&record.lease, &labels).await {
             Err(e) if !e.is_already_exists() => {
@@ -36,7 +36,7 @@ impl Records {
             return true;
         }
         let storage = &self.backend.storage;
-        if record.life.stage() == Stage::Committed {
+        if record.life.stage() == RecordStage::Committed {
             let Some(name) = record.snapshot() else { return true };
             let (stat, lease) =
                 tokio::join!(storage.snapshots.stat(name), storage.leases.resources(&record.lease));

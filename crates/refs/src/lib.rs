@@ -105,6 +105,6 @@ pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType};
 pub use retime::REWRITTEN;
 pub use served::is_for_snapshotters;
 pub use shipway_archive::{Compression, CompressionKind, Dialect};
-pub use shipway_treehash::{PathFilter, Selector, Verdict};
+pub use shipway_treehash::{PathFilter, PathVerdict, Selector};
 pub use store::RefStore;
 pub use usage::{PruneOptions, UsageFilter, UsageRecord};

@@ -6,7 +6,7 @@ use tokio::sync::MutexGuard;
 /// How far a state has come. It only goes forward: what a lease has lost is another record's to
 /// make again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Stage {
+pub(crate) enum RecordStage {
     /// Its layers are known, and containerd knows nothing of it.
     Lazy,
     /// Its lease exists and keeps the blobs that are fetched or made for it.
@@ -17,10 +17,10 @@ pub(crate) enum Stage {
 
 /// The life of one record. Each step forward is made by one caller, while the others wait.
 pub(crate) struct Life {
-    stage: Mutex<Stage>,
-    /// Held on the way to [`Stage::Leased`].
+    stage: Mutex<RecordStage>,
+    /// Held on the way to [`RecordStage::Leased`].
     leasing: tokio::sync::Mutex<()>,
-    /// Held on the way to [`Stage::Committed`].
+    /// Held on the way to [`RecordStage::Committed`].
     committing: tokio::sync::Mutex<()>,
     hold: Mutex<Hold>,
 }
@@ -40,14 +40,14 @@ impl Hold {
     }
 }
 
-/// A step that this caller makes: [`Step::done`] when it has.
-pub(crate) struct Step<'a> {
+/// A step that this caller makes: [`LifeStep::done`] when it has.
+pub(crate) struct LifeStep<'a> {
     life: &'a Life,
-    to: Stage,
+    to: RecordStage,
     _others_wait: MutexGuard<'a, ()>,
 }
 
-impl Step<'_> {
+impl LifeStep<'_> {
     /// The state has come this far.
     pub fn done(self) {
         self.life.reached(self.to);
@@ -56,7 +56,7 @@ impl Step<'_> {
 
 impl Life {
     /// A life that begins at `stage`.
-    pub fn at(stage: Stage) -> Self {
+    pub fn at(stage: RecordStage) -> Self {
         Self {
             stage: Mutex::new(stage),
             leasing: Default::default(),
@@ -66,24 +66,24 @@ impl Life {
     }
 
     /// How far it has come.
-    pub fn stage(&self) -> Stage {
+    pub fn stage(&self) -> RecordStage {
         *self.stage.lock()
     }
 
     /// The step to `to`, for the caller to make; `None` if the state has come that far.
-    pub async fn step(&self, to: Stage) -> Option<Step<'_>> {
-        let way = if to == Stage::Committed { &self.committing } else { &self.leasing };
+    pub async fn step(&self, to: RecordStage) -> Option<LifeStep<'_>> {
+        let way = if to == RecordStage::Committed { &self.committing } else { &self.leasing };
         let others_wait = way.lock().await;
-        (self.stage() < to).then_some(Step { life: self, to, _others_wait: others_wait })
+        (self.stage() < to).then_some(LifeStep { life: self, to, _others_wait: others_wait })
     }
 
-    /// Whether somebody is making the snapshot now.
+    /// Whether a caller is making the snapshot now.
     pub fn is_committing(&self) -> bool {
-        self.stage() < Stage::Committed && self.committing.try_lock().is_err()
+        self.stage() < RecordStage::Committed && self.committing.try_lock().is_err()
     }
 
     /// The state has come as far as `stage`.
-    pub fn reached(&self, stage: Stage) {
+    pub fn reached(&self, stage: RecordStage) {
         let mut now = self.stage.lock();
         *now = stage.max(*now);
     }
@@ -131,22 +131,22 @@ mod tests {
 
     #[tokio::test]
     async fn steps_are_made_once_and_never_back() {
-        let life = Life::at(Stage::Lazy);
-        drop(life.step(Stage::Leased).await.unwrap());
-        assert_eq!(life.stage(), Stage::Lazy, "a step that was given up is none");
-        life.step(Stage::Leased).await.unwrap().done();
-        assert!(life.step(Stage::Leased).await.is_none());
-        let step = life.step(Stage::Committed).await.unwrap();
+        let life = Life::at(RecordStage::Lazy);
+        drop(life.step(RecordStage::Leased).await.unwrap());
+        assert_eq!(life.stage(), RecordStage::Lazy, "a step that was given up is none");
+        life.step(RecordStage::Leased).await.unwrap().done();
+        assert!(life.step(RecordStage::Leased).await.is_none());
+        let step = life.step(RecordStage::Committed).await.unwrap();
         assert!(life.is_committing());
         step.done();
-        assert!(!life.is_committing() && life.step(Stage::Committed).await.is_none());
-        life.reached(Stage::Leased);
-        assert_eq!(life.stage(), Stage::Committed);
+        assert!(!life.is_committing() && life.step(RecordStage::Committed).await.is_none());
+        life.reached(RecordStage::Leased);
+        assert_eq!(life.stage(), RecordStage::Committed);
     }
 
     #[test]
-    fn the_last_handle_of_an_evicted_record_is_told() {
-        let life = Life::at(Stage::Committed);
+    fn the_last_handle_of_an_evicted_record_is_reported() {
+        let life = Life::at(RecordStage::Committed);
         life.retain();
         assert!(life.in_use() && !life.evict_unused());
         assert!(!life.release(), "the table has it");
@@ -155,7 +155,7 @@ mod tests {
         assert!(life.evict() && !life.evict());
         assert!(!life.release());
         assert!(life.release());
-        let life = Life::at(Stage::Lazy);
+        let life = Life::at(RecordStage::Lazy);
         assert!(life.evict_unused() && !life.evict_unused());
     }
 }

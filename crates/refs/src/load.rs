@@ -3,10 +3,10 @@
 use crate::{
     backend::Backend,
     exact,
-    layer::{KnownBlob, LayerOrigins, LayerSource, Place, StackedLayer},
-    life::Stage,
+    layer::{BlobPlace, KnownBlob, LayerOrigins, LayerSource, StackedLayer},
+    life::RecordStage,
     named_table::NamedTable,
-    record::{self, Body, KIND, KIND_RUN},
+    record::{self, KIND, KIND_RUN, RecordBody},
     records::{Record, Records},
 };
 use shipway_fault::Result;
@@ -33,12 +33,12 @@ impl Origins<'_> {
         storage: &Storage,
         blob: &Descriptor,
         origin: Option<String>,
-    ) -> Result<Place> {
-        let Some(origin) = origin else { return Ok(Place::Stored(None)) };
+    ) -> Result<BlobPlace> {
+        let Some(origin) = origin else { return Ok(BlobPlace::Stored(None)) };
         let origins = self.origins;
         let find = |origin: &String| origins.source(origin);
         let source = self.sources.entry(origin).or_insert_with_key(find).clone();
-        let Some(source) = source else { return Ok(Place::Stored(None)) };
+        let Some(source) = source else { return Ok(BlobPlace::Stored(None)) };
         let stored = match &mut self.stored {
             Some(stored) => stored,
             none => {
@@ -47,8 +47,8 @@ impl Origins<'_> {
             }
         };
         Ok(match stored.contains(&blob.digest) {
-            true => Place::Stored(Some(source)),
-            false => Place::Remote(source),
+            true => BlobPlace::Stored(Some(source)),
+            false => BlobPlace::Remote(source),
         })
     }
 }
@@ -91,7 +91,7 @@ impl Load<'_> {
                 continue;
             };
             match &meta.body {
-                Body::Layers(layers) => {
+                RecordBody::Layers(layers) => {
                     let mut stack: Vec<Arc<StackedLayer>> = Vec::new();
                     for layer in layers {
                         let below = stack.last();
@@ -121,19 +121,19 @@ impl Load<'_> {
                     let whole = exact::is_ours(&lease.labels)
                         && stack.last().is_some_and(|c| snapshots.contains(&c.snapshot));
                     if whole {
-                        self.records.load(Record::new(id, meta, stack, Stage::Committed));
+                        self.records.load(Record::new(id, meta, stack, RecordStage::Committed));
                     } else {
                         self.backend.storage.leases.delete(&lease.id, at_once).await?;
                     }
                 }
                 // What can be fetched anew is: which of its files are truncated is unknown.
-                Body::Named { snapshot, .. }
+                RecordBody::Named { snapshot, .. }
                     if snapshots.contains(snapshot)
                         && !(self.backend.durable.was_cut() && meta.record_type.is_source()) =>
                 {
                     self.named.load(id, meta);
                 }
-                Body::Named { .. } => {
+                RecordBody::Named { .. } => {
                     self.backend.storage.leases.delete(&lease.id, at_once).await?
                 }
             }

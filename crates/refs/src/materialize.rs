@@ -8,10 +8,10 @@
 //! is asked for first, and fetched only when it is refused ([`crate::served`]).
 
 use crate::{
-    active::{Active, Prepared},
+    active::{Active, PreparedLayer},
     exact,
     layer::{LayerSource, StackedLayer, lost},
-    life::Stage,
+    life::RecordStage,
     records::{Record, Records},
     run_lease::forget,
     served::is_annotated,
@@ -29,8 +29,8 @@ use tokio::{sync::Semaphore, task::JoinHandle};
 /// Layers of one state that are fetched at the same time.
 const PARALLEL_FETCHES: usize = 4;
 
-/// The fetches of the layers that a state misses. Each begins as soon as it is known that nobody
-/// else will bring the layer.
+/// The fetches of the layers that a state misses. Each begins as soon as it is known that the layer
+/// comes from nowhere else.
 struct Fetches<'a> {
     records: &'a Arc<Records>,
     record: &'a Arc<Record>,
@@ -49,7 +49,7 @@ enum FetchState {
 }
 
 impl<'a> Fetches<'a> {
-    /// Begins with what nobody need be asked for.
+    /// Begins with the layers that no snapshotter can serve.
     fn new(
         records: &'a Arc<Records>,
         record: &'a Arc<Record>,
@@ -152,14 +152,14 @@ impl Record {
 
 impl Records {
     /// Makes the snapshot of `record` exist under its lease. `origin` is a vertex that ended
-    /// already: it works again while there is something to do, and speaks instead of `progress`.
+    /// already: it works again while there is something to do, and reports instead of `progress`.
     pub async fn materialize(
         self: &Arc<Self>,
         record: &Arc<Record>,
         origin: Option<&Reporter>,
         progress: Option<&Reporter>,
     ) -> Result<()> {
-        let Some(step) = record.life.step(Stage::Committed).await else {
+        let Some(step) = record.life.step(RecordStage::Committed).await else {
             record.enable_snapshotter().await;
             return Ok(());
         };
@@ -258,8 +258,8 @@ impl Records {
         }
         let parent = stacked.parent.as_ref();
         let lease = match Active::prepare_layer(&self.backend, parent, &labels).await? {
-            Prepared::Active(active) => return Ok(Some(active)),
-            Prepared::Exists(lease) => lease,
+            PreparedLayer::Active(active) => return Ok(Some(active)),
+            PreparedLayer::Exists(lease) => lease,
         };
         let name = &stacked.snapshot;
         let kept = self.keep_snapshot(&record.lease, name).await?;
@@ -314,9 +314,9 @@ impl Records {
         self.backend.storage.content.update_labels(blob.digest, &label).await.map(drop)
     }
 
-    /// Gives `active` the files of the layer on top of `original`; false if that cannot be told
-    /// from the snapshot, because it was unpacked from another program's tar, or because files in
-    /// it mean something else when they are unpacked.
+    /// Gives `active` the files of the layer on top of `original`; false if they cannot be
+    /// taken from the snapshot, because it was unpacked from another program's tar, or because
+    /// files in it mean something else when they are unpacked.
     async fn copy_layer(
         self: &Arc<Self>,
         original: &SnapshotKey,
@@ -329,11 +329,11 @@ impl Records {
         }
         let (tree, guard) = self.layer_tree(original, info.parent.is_some()).await?;
         let target = match OwnLayer::of(&active.mounts, stacked.parent.is_some())? {
-            OwnLayer::Tree(target) => tree_copy::Target::Layer {
+            OwnLayer::Tree(target) => tree_copy::CopyTarget::Layer {
                 dir: target.root().to_owned(),
                 bottom: stacked.parent.is_none(),
             },
-            OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),
+            OwnLayer::Whole(dir) => tree_copy::CopyTarget::Merged(dir),
         };
         let copy = move || {
             let copied = tree_copy::copy(&tree, &target);

@@ -31,7 +31,7 @@ const INERT: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(Moun
 const OPTIONS_MAX: usize = 4000;
 
 /// Whether what `mount` shows is there without the snapshot that it was asked for: layers that
-/// a remote snapshotter serves are mounted only while somebody has a snapshot on top of them, and
+/// a remote snapshotter serves are mounted only while there is a snapshot on top of them, and
 /// what is mounted without them has no files.
 pub(crate) fn is_lasting(mount: &Mount) -> bool {
     let device = |dir: &Path| fs::metadata(dir).map(|m| m.dev()).ok();
@@ -134,10 +134,10 @@ struct MountPoint {
 
 impl MountPoint {
     async fn ended(mut self) -> Result<()> {
-        let (tell, told) = oneshot::channel();
-        self.ended = Some(tell);
+        let (sender, ended) = oneshot::channel();
+        self.ended = Some(sender);
         drop(self);
-        told.await.unwrap_or(Ok(()))
+        ended.await.unwrap_or(Ok(()))
     }
 }
 

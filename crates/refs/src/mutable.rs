@@ -6,9 +6,9 @@ use crate::{
     early_blob::UnownedBlob,
     immutable::ImmutableRef,
     layered::LayeredRef,
-    life::Stage,
+    life::RecordStage,
     mount::{LocalMount, WeakMount},
-    record::{Body, RecordMeta, RecordType},
+    record::{RecordBody, RecordMeta, RecordType},
     records::Records,
 };
 use futures::FutureExt as _;
@@ -136,7 +136,7 @@ impl MutableRef {
             description,
             created: SystemTime::now(),
             parents: parent.iter().map(|p| p.id().clone()).collect(),
-            body: Body::Layers(Vec::new()),
+            body: RecordBody::Layers(Vec::new()),
         };
         let what = meta.description.clone();
         commit(&records, active, parent, meta, pack)
@@ -183,7 +183,7 @@ async fn commit(
             active.committed();
             remember(&record, &mounts, parent.is_some());
         }
-        record.life.reached(Stage::Committed);
+        record.life.reached(RecordStage::Committed);
         Ok(LayeredRef::insert(&records, record).into())
     };
     background.finish("commit a state", work).await

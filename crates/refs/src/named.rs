@@ -6,8 +6,8 @@ use crate::{
     id::{RefId, fresh_id},
     immutable::ImmutableRef,
     mount::LocalMount,
-    named_table::{NamedEntry, NamedTable, Sharing, Writer},
-    record::{Body, RecordMeta, RecordType, name_of},
+    named_table::{EntryWriter, NamedEntry, NamedTable, Sharing},
+    record::{RecordBody, RecordMeta, RecordType, name_of},
     records::Records,
 };
 use shipway_fault::{Context as _, Result};
@@ -34,7 +34,7 @@ pub struct NamedRequest {
 /// A named state in use.
 pub struct NamedRef {
     records: Arc<Records>,
-    writer: Writer,
+    writer: EntryWriter,
     mounts: Vec<Mount>,
     fresh: bool,
 }
@@ -134,7 +134,7 @@ async fn make(
     records: &Records,
     table: &Arc<NamedTable>,
     request: &NamedRequest,
-) -> Result<(Writer, Vec<Mount>)> {
+) -> Result<(EntryWriter, Vec<Mount>)> {
     let mut below = None;
     let mut parents = Vec::new();
     if let Some(parent) = &request.parent {
@@ -149,7 +149,7 @@ async fn make(
         description: request.description.clone(),
         created: SystemTime::now(),
         parents,
-        body: Body::Named { name: name.clone(), snapshot: snapshot.clone() },
+        body: RecordBody::Named { name: name.clone(), snapshot: snapshot.clone() },
     };
     table.make(fresh_id(), meta, (name, snapshot), below, request.sharing).await
 }

@@ -4,7 +4,7 @@ use crate::{
     backend::Backend,
     id::RefId,
     mount::{LocalMount, WeakMount},
-    record::{Body, RecordMeta, RecordType, labels_of, lease_of, name_of},
+    record::{RecordBody, RecordMeta, RecordType, labels_of, lease_of, name_of},
 };
 use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
@@ -16,12 +16,12 @@ use tokio::sync::{Notify, OnceCell, futures::Notified};
 /// What happens when a named state is wanted while it is in use (row `exec.mnt.cache.share`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Sharing {
-    /// Everybody uses the same one at once.
+    /// All users have the same one at once.
     #[default]
     Shared,
     /// Another one of the same key is used or made.
     Private,
-    /// One waits.
+    /// The request waits.
     Locked,
 }
 
@@ -182,18 +182,18 @@ impl NamedEntry {
 }
 
 /// Holds an entry for writing.
-pub(crate) struct Writer(Holder);
+pub(crate) struct EntryWriter(EntryHolder);
 
 /// Holds an entry for reading.
-pub(crate) struct Reader(Holder);
+pub(crate) struct EntryReader(EntryHolder);
 
 /// Counts as one holder of an entry.
-struct Holder {
+struct EntryHolder {
     table: Arc<NamedTable>,
     entry: Arc<NamedEntry>,
 }
 
-impl Drop for Holder {
+impl Drop for EntryHolder {
     fn drop(&mut self) {
         let last = self.entry.leave();
         self.table.left(&self.entry);
@@ -204,14 +204,14 @@ impl Drop for Holder {
     }
 }
 
-impl Writer {
+impl EntryWriter {
     /// What it holds.
     pub fn entry(&self) -> &Arc<NamedEntry> {
         &self.0.entry
     }
 
     /// Ends writing for now, and reads.
-    pub fn freeze(self) -> Result<Reader> {
+    pub fn freeze(self) -> Result<EntryReader> {
         let entry = self.entry();
         if !entry.freeze() {
             return Err(Fault::internal(format!(
@@ -220,12 +220,12 @@ impl Writer {
             )));
         }
         self.0.table.left(entry);
-        Ok(Reader(self.0))
+        Ok(EntryReader(self.0))
     }
 
     /// The state as a writable directory of the host. All holders share one mount.
     pub async fn mount(&self, mounts: &[Mount]) -> Result<LocalMount> {
-        let Holder { table, entry } = &self.0;
+        let EntryHolder { table, entry } = &self.0;
         let mut mounted = entry.mounted.lock().await;
         if let Some(mount) = mounted.as_ref().and_then(WeakMount::upgrade) {
             return Ok(mount);
@@ -242,7 +242,7 @@ impl Writer {
     }
 }
 
-impl Reader {
+impl EntryReader {
     /// What it holds.
     pub fn entry(&self) -> &Arc<NamedEntry> {
         &self.0.entry
@@ -276,7 +276,7 @@ impl NamedTable {
 
     /// Takes over an entry of an earlier run.
     pub fn load(&self, id: RefId, meta: RecordMeta) {
-        if let Body::Named { name, snapshot } = &meta.body {
+        if let RecordBody::Named { name, snapshot } = &meta.body {
             let entry = NamedEntry::new(id, meta.clone(), name.clone(), snapshot.clone());
             self.all.lock().push(Arc::new(entry));
         }
@@ -312,11 +312,11 @@ impl NamedTable {
         self: &Arc<Self>,
         entry: &Arc<NamedEntry>,
         sharing: Sharing,
-    ) -> Result<Option<(Writer, Vec<Mount>)>> {
+    ) -> Result<Option<(EntryWriter, Vec<Mount>)>> {
         if !entry.enter(sharing) {
             return Ok(None);
         }
-        let writer = Writer(Holder { table: self.clone(), entry: entry.clone() });
+        let writer = EntryWriter(EntryHolder { table: self.clone(), entry: entry.clone() });
         match entry.mounts(&self.backend).await {
             Ok(mounts) => Ok(Some((writer, mounts.to_vec()))),
             // It was pruned by another program, and will not come back.
@@ -330,11 +330,15 @@ impl NamedTable {
     }
 
     /// Takes the entry with the id `entry` for reading if no writer had it since `generation`.
-    pub fn read(self: &Arc<Self>, entry: &str, generation: &str) -> Option<(Reader, Vec<Mount>)> {
+    pub fn read(
+        self: &Arc<Self>,
+        entry: &str,
+        generation: &str,
+    ) -> Option<(EntryReader, Vec<Mount>)> {
         let entry = self.list().into_iter().find(|s| s.id.0 == entry)?;
         let mounts = entry.mounts.get()?.clone();
         let read = entry.read(generation);
-        read.then(|| (Reader(Holder { table: self.clone(), entry }), mounts))
+        read.then(|| (EntryReader(EntryHolder { table: self.clone(), entry }), mounts))
     }
 
     /// Makes a new one for writing, on top of `below`.
@@ -345,7 +349,7 @@ impl NamedTable {
         (name, snapshot): (String, SnapshotKey),
         below: Option<SnapshotKey>,
         sharing: Sharing,
-    ) -> Result<(Writer, Vec<Mount>)> {
+    ) -> Result<(EntryWriter, Vec<Mount>)> {
         let (table, backend) = (self.clone(), self.backend.clone());
         let entry = Arc::new(NamedEntry::new(id, meta, name, snapshot));
         // Cut off in the middle, it would leave an orphaned lease and snapshot.
@@ -366,7 +370,7 @@ impl NamedTable {
             let _ = entry.mounts.set(mounts.clone());
             entry.enter(sharing);
             table.all.lock().push(entry.clone());
-            Ok((Writer(Holder { table, entry }), mounts))
+            Ok((EntryWriter(EntryHolder { table, entry }), mounts))
         };
         self.backend.background.finish("make a named state", work).await
     }
@@ -401,7 +405,7 @@ impl NamedTable {
         }
     }
 
-    /// Wakes those who wait for an entry.
+    /// Wakes the requests that wait for an entry.
     pub fn wake(&self) {
         self.freed.notify_waiters();
     }

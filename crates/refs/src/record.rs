@@ -95,12 +95,12 @@ pub(crate) struct RecordMeta {
     pub description: String,
     pub created: SystemTime,
     pub parents: Vec<RefId>,
-    pub body: Body,
+    pub body: RecordBody,
 }
 
 /// The kinds of states that outlive the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Body {
+pub(crate) enum RecordBody {
     /// Committed layers, lowest first.
     Layers(Vec<LayerMeta>),
     /// An active snapshot with this key, found by name.
@@ -144,7 +144,7 @@ pub(crate) fn labels_of(meta: &RecordMeta) -> Labels {
         labels.insert("shipway/parents".into(), cut(&parents.join(","), VALUE_MAX).into());
     }
     match &meta.body {
-        Body::Layers(layers) => {
+        RecordBody::Layers(layers) => {
             labels.insert(KIND.into(), KIND_LAYERS.into());
             for (i, layer) in layers.iter().enumerate() {
                 let mut text = layer.diff_id.to_string();
@@ -175,7 +175,7 @@ pub(crate) fn labels_of(meta: &RecordMeta) -> Labels {
                 labels.insert(format!("{LAYER}{i:04}"), text);
             }
         }
-        Body::Named { name, snapshot } => {
+        RecordBody::Named { name, snapshot } => {
             labels.insert(KIND.into(), KIND_NAMED.into());
             labels.insert("shipway/name".into(), name.clone());
             labels.insert("shipway/snapshot".into(), snapshot.0.clone());
@@ -197,7 +197,7 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, RecordMeta)> {
     let id = RefId(lease.id.0.strip_prefix(PREFIX)?.to_owned());
     let label = |name: &str| lease.labels.get(name);
     let body = match label(KIND)?.as_str() {
-        KIND_LAYERS => Body::Layers(
+        KIND_LAYERS => RecordBody::Layers(
             lease
                 .labels
                 .iter()
@@ -205,7 +205,7 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, RecordMeta)> {
                 .map(|(i, v)| layer(v, label(&format!("{ANNOTATIONS}{i}"))))
                 .collect::<Option<_>>()?,
         ),
-        KIND_NAMED => Body::Named {
+        KIND_NAMED => RecordBody::Named {
             name: label("shipway/name")?.clone(),
             snapshot: SnapshotKey(label("shipway/snapshot")?.clone()),
         },
@@ -301,8 +301,8 @@ mod tests {
             },
         ];
         for body in [
-            Body::Layers(layers),
-            Body::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) },
+            RecordBody::Layers(layers),
+            RecordBody::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) },
         ] {
             let meta = RecordMeta {
                 record_type: RecordType::CacheMount,

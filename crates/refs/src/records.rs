@@ -5,9 +5,9 @@ use crate::{
     backend::Backend,
     id::RefId,
     layer::StackedLayer,
-    life::{Life, Stage},
+    life::{Life, RecordStage},
     mount::WeakMount,
-    record::{Body, LayerMeta, RecordMeta, RecordType, lease_of},
+    record::{LayerMeta, RecordBody, RecordMeta, RecordType, lease_of},
     served::Served,
 };
 use parking_lot::Mutex;
@@ -47,7 +47,12 @@ pub(crate) struct Record {
 
 impl Record {
     /// A record of `layers`, whatever the body of `meta` says.
-    pub fn new(id: RefId, meta: RecordMeta, layers: Vec<Arc<StackedLayer>>, stage: Stage) -> Self {
+    pub fn new(
+        id: RefId,
+        meta: RecordMeta,
+        layers: Vec<Arc<StackedLayer>>,
+        stage: RecordStage,
+    ) -> Self {
         Self {
             lease: lease_of(&id),
             id,
@@ -89,7 +94,7 @@ impl Record {
             description: self.description.clone(),
             created: self.created,
             parents: self.parents.clone(),
-            body: Body::Layers(layers.collect()),
+            body: RecordBody::Layers(layers.collect()),
         }
     }
 
@@ -178,7 +183,7 @@ impl Records {
         self.named_layer(diff_id, below, name, false)
     }
 
-    /// The layer whose snapshot has more than the layer tells, and so a name of its own.
+    /// The layer whose snapshot has more than the layer records, and so a name of its own.
     pub fn own_layer(
         &self,
         diff_id: DiffId,

@@ -1,11 +1,11 @@
 //! Copies a layer's files under another stack (rows `op.merge`, `op.diff`): whiteouts as the
 //! overlay has them, and files that share their blocks where the file system has that. They are
-//! never other names of the layer's files: a count of links tells programs how many names a file
+//! never other names of the layer's files: a count of links shows programs how many names a file
 //! has in what they see.
 
 use crate::contents::copy_contents;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
-use shipway_archive::{Entry, EntryKind, LayerTree};
+use shipway_archive::{EntryKind, LayerEntry, LayerTree};
 use shipway_fault::{Fault, Result};
 use std::{
     ffi::OsStr,
@@ -19,7 +19,7 @@ use std::{
 };
 
 /// Where the files go.
-pub(crate) enum Target {
+pub(crate) enum CopyTarget {
     /// The upper directory of an overlay; at the bottom of a stack there is nothing to hide.
     Layer { dir: PathBuf, bottom: bool },
     /// A whole tree, in which removing is removing.
@@ -27,9 +27,9 @@ pub(crate) enum Target {
 }
 
 /// Copies every entry of `tree`, as unpacking its tar would; false if that is not what it would do.
-pub(crate) fn copy(tree: &LayerTree, target: &Target) -> Result<bool> {
+pub(crate) fn copy(tree: &LayerTree, target: &CopyTarget) -> Result<bool> {
     let root = match target {
-        Target::Layer { dir, .. } | Target::Merged(dir) => dir,
+        CopyTarget::Layer { dir, .. } | CopyTarget::Merged(dir) => dir,
     };
     // Directories get their times when all is in them.
     let mut times = Vec::new();
@@ -56,13 +56,19 @@ pub(crate) fn copy(tree: &LayerTree, target: &Target) -> Result<bool> {
     Ok(plain)
 }
 
-fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target) -> io::Result<()> {
-    let merged = matches!(target, Target::Merged(_));
+fn one(
+    entry: &LayerEntry,
+    from: &Path,
+    to: &Path,
+    root: &Path,
+    target: &CopyTarget,
+) -> io::Result<()> {
+    let merged = matches!(target, CopyTarget::Merged(_));
     match &entry.kind {
         EntryKind::Whiteout => match target {
-            Target::Merged(_) => clear(to),
-            Target::Layer { bottom: true, .. } => Ok(()),
-            Target::Layer { .. } => rustix::fs::mknodat(
+            CopyTarget::Merged(_) => clear(to),
+            CopyTarget::Layer { bottom: true, .. } => Ok(()),
+            CopyTarget::Layer { .. } => rustix::fs::mknodat(
                 CWD,
                 to,
                 FileType::CharacterDevice,
@@ -91,7 +97,13 @@ fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target) -> i
     }
 }
 
-fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path) -> io::Result<()> {
+fn leaf(
+    entry: &LayerEntry,
+    kind: &EntryKind,
+    from: &Path,
+    to: &Path,
+    root: &Path,
+) -> io::Result<()> {
     match kind {
         EntryKind::HardLink(first) => {
             return fs::hard_link(root.join(OsStr::from_bytes(first)), to);
@@ -125,7 +137,7 @@ fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path) ->
     set_time(entry.mtime, to)
 }
 
-fn attributes(entry: &Entry, to: &Path) -> io::Result<()> {
+fn attributes(entry: &LayerEntry, to: &Path) -> io::Result<()> {
     lchown(to, Some(entry.uid), Some(entry.gid))?;
     if !matches!(entry.kind, EntryKind::Symlink(_)) {
         fs::set_permissions(to, fs::Permissions::from_mode(entry.mode))?;

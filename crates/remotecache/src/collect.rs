@@ -1,6 +1,6 @@
 //! From results back through the index: everything that an import needs to find them again.
 
-use crate::{Import, Mode, import::RecordNo};
+use crate::{ExportMode, Import, import::RecordNo};
 use shipway_buildcache::CacheIndex;
 use shipway_fault::Result;
 use shipway_oci::{DiffId, Digest};
@@ -15,7 +15,7 @@ use std::{
 const MAX_ENTRIES: usize = 100_000;
 
 /// One record to write.
-pub(crate) struct Entry {
+pub(crate) struct ExportRecord {
     pub key: CacheKey,
     /// Its other keys, sorted.
     pub aliases: Vec<CacheKey>,
@@ -119,8 +119,8 @@ pub(crate) async fn collect(
     index: &CacheIndex,
     imports: &[Arc<Import>],
     roots: &[ImmutableRef],
-    mode: Mode,
-) -> Result<Vec<Entry>> {
+    mode: ExportMode,
+) -> Result<Vec<ExportRecord>> {
     for import in imports {
         import.ready().await;
     }
@@ -167,7 +167,14 @@ pub(crate) async fn collect(
             state.as_ref().filter(|_| !meta.imported).map(|s| s.description().to_owned());
         let description = described.unwrap_or(meta.description);
         numbers.insert(key, entries.len());
-        entries.push(Entry { key, aliases, inputs, output: meta.output, description, state });
+        entries.push(ExportRecord {
+            key,
+            aliases,
+            inputs,
+            output: meta.output,
+            description,
+            state,
+        });
     }
     Ok(entries)
 }
@@ -185,19 +192,19 @@ fn made_by(index: &CacheIndex, keys: Vec<CacheKey>) -> Result<Vec<CacheKey>> {
     Ok(if made.is_empty() { keys } else { made })
 }
 
-/// Its result, if that is wanted: with [`Mode::Min`], those whose layers lie on one another in a
-/// root, too, such as the parts of a merge.
+/// Its result, if that is wanted: with [`ExportMode::Min`], those whose layers lie on one another
+/// in a root, too, such as the parts of a merge.
 async fn state(
     index: &CacheIndex,
     found: &Found,
-    mode: Mode,
+    mode: ExportMode,
     wanted: &[Vec<DiffId>],
 ) -> Result<Option<ImmutableRef>> {
     let within = |layers: &[DiffId]| {
         layers.is_empty()
             || wanted.iter().any(|root| root.windows(layers.len()).any(|part| part == layers))
     };
-    let fits = |layers: &[DiffId]| mode == Mode::Max || within(layers);
+    let fits = |layers: &[DiffId]| mode == ExportMode::Max || within(layers);
     if let Some(result) = &found.result
         && let Some(state) = index.state(result).await
     {

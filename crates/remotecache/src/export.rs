@@ -2,7 +2,7 @@
 
 use crate::{
     CacheWriter, ExportOptions, Import, LayerBytes,
-    collect::{Entry, collect},
+    collect::{ExportRecord, collect},
     format::{
         CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, CachedLayerMeta,
         ChainedResult, MAX_ENTRIES, time,
@@ -79,7 +79,7 @@ impl Table {
         chain
     }
 
-    fn record(&mut self, entry: &Entry, result: Option<(Vec<LayerBlob>, Vec<SystemTime>)>) {
+    fn record(&mut self, entry: &ExportRecord, result: Option<(Vec<LayerBlob>, Vec<SystemTime>)>) {
         let (mut results, mut chains) = (Vec::new(), Vec::new());
         if let Some((blobs, times)) = result {
             let created_at = time(times.last().copied());
@@ -111,7 +111,7 @@ impl Table {
 
     /// Adds a record for each further key, after those with inputs: each key is a record in this
     /// format. Those beyond the limit of readers are left out.
-    fn aliases(&mut self, entries: &[Entry]) {
+    fn aliases(&mut self, entries: &[ExportRecord]) {
         for (number, entry) in entries.iter().enumerate() {
             for key in
                 entry.aliases.iter().take(MAX_ENTRIES.saturating_sub(self.config.records.len()))
@@ -325,7 +325,7 @@ fn manifest(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Mode;
+    use crate::ExportMode;
     use shipway_oci::Digest;
     use shipway_refs::{RecordType, RefStore};
     use shipway_solver::{CacheStore as _, RecordMeta};
@@ -357,7 +357,7 @@ mod tests {
         };
         let (below, first) = make(None, "first", Vec::new()).await;
         let (above, second) = make(Some(&first), "second", vec![(vec![below], None)]).await;
-        let options = ExportOptions { mode: Mode::Max, ..ExportOptions::default() };
+        let options = ExportOptions { mode: ExportMode::Max, ..ExportOptions::default() };
         let reporter = Reporter::new(Digest::of("export"), "export".into(), Vec::new(), None);
         for (withheld, want) in
             [(vec![], [true, true]), (vec![below], [false, true]), (vec![above], [true, false])]

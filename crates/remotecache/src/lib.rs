@@ -29,4 +29,4 @@ pub use backend::{
 pub use export::Export;
 pub use import::{Import, ReadCache, read};
 pub use layer_bytes::LayerBytes;
-pub use options::{CacheRequest, ExportOptions, Mode, without_secrets};
+pub use options::{CacheRequest, ExportMode, ExportOptions, without_secrets};

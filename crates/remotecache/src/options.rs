@@ -50,9 +50,9 @@ impl CacheRequest {
         matches!(self.flag("ignore-error"), Ok(Some(true)))
     }
 
-    /// Whether the build succeeds without this export, which failed by `fault`: because it was told
-    /// to, or because nobody said so of a place that is only tried (`best_effort`) and does not
-    /// answer, or not now.
+    /// Whether the build succeeds without this export, which failed by `fault`: because that was
+    /// requested, or because a place that is only tried (`best_effort`) does not answer, or not
+    /// now, and nothing was requested.
     pub fn excuses(&self, fault: &Fault, best_effort: bool) -> bool {
         let passing = matches!(
             fault.code(),
@@ -72,7 +72,7 @@ const MASK: &str = "xxxxx";
 pub fn without_secrets(options: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let mut options = options.clone();
     if let Some(imports) = options.get_mut("cache-imports") {
-        // What cannot be read is refused by whoever reads it, and nothing to keep.
+        // What cannot be read is refused when it is used, and is not kept.
         *imports = serde_json::from_str(imports)
             .map(|mut json| {
                 mask(&mut json);
@@ -101,7 +101,7 @@ fn mask(json: &mut Value) {
 
 /// Whose results are exported (row `rc.mode`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub enum ExportMode {
     /// Those whose layers are layers of the build's results.
     #[default]
     Min,
@@ -113,7 +113,7 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExportOptions {
     /// Whose results.
-    pub mode: Mode,
+    pub mode: ExportMode,
     /// How layers are compressed.
     pub compression: Compression,
     /// OCI media types, or Docker's.
@@ -134,7 +134,7 @@ impl ExportOptions {
                 "invalid configuration for remote cache, OCI mediatypes are required for image-manifest cache format",
             ));
         }
-        let mode = if text("mode") == Some("max") { Mode::Max } else { Mode::Min };
+        let mode = if text("mode") == Some("max") { ExportMode::Max } else { ExportMode::Min };
         Ok(Self { mode, compression, oci_types, image_manifest })
     }
 }
@@ -185,10 +185,10 @@ mod tests {
             ExportOptions::of(&CacheRequest { kind: "registry".into(), attrs })
         };
         let plain = of(&[]).unwrap();
-        assert!(plain.image_manifest && plain.oci_types && plain.mode == Mode::Min);
+        assert!(plain.image_manifest && plain.oci_types && plain.mode == ExportMode::Min);
         assert!(!of(&[("oci-mediatypes", "false")]).unwrap().image_manifest);
         assert!(of(&[("oci-mediatypes", "false"), ("image-manifest", "true")]).is_err());
-        assert_eq!(of(&[("mode", "max")]).unwrap().mode, Mode::Max);
-        assert_eq!(of(&[("mode", "x")]).unwrap().mode, Mode::Min);
+        assert_eq!(of(&[("mode", "max")]).unwrap().mode, ExportMode::Max);
+        assert_eq!(of(&[("mode", "x")]).unwrap().mode, ExportMode::Min);
     }
 }

@@ -1,9 +1,9 @@
 //! Root filesystems of steps, as the daemon looks into them and changes them from outside.
 //!
-//! A [`RootView`] shows what a snapshot's mounts describe to nobody else; [`Attached`] makes a part
-//! of it appear at a path of the host, for containers. Built on them: who a user is in an image
-//! ([`identity`]), the removal of mount points that a runtime made ([`Stubs`]), certificates beside
-//! the image's own ([`Trust`]).
+//! A [`RootView`] shows what a snapshot's mounts describe to the daemon alone; [`Attached`] makes a
+//! part of it appear at a path of the host, for containers. Built on them: who a user is in an
+//! image ([`identity`]), the removal of mount points that a runtime made ([`Stubs`]), certificates
+//! beside the image's own ([`Trust`]).
 //!
 //! Paths inside a root are opened here and nowhere else ([`open_in_root`], [`open_beneath`]), and
 //! the table of mounts is read here ([`mounts_below`]). Crate `filesync` has an opening of its own,

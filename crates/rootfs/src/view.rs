@@ -221,7 +221,7 @@ impl RootView {
                 Err(e) => return Err(e),
             }
             let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
-            // Somebody who writes in the root may have exchanged it for a link.
+            // A process that writes in the root may have replaced it by a link.
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let made = rustix::fs::openat(&dir, part, flags, Mode::empty())?;
             rustix::fs::fchown(&made, Some(uid), Some(gid))?;

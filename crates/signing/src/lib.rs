@@ -3,8 +3,8 @@
 //!
 //! [`GitObject::verify`] takes commits and annotated tags, signed with PGP or SSH keys;
 //! [`verify_detached`] a file with a PGP signature beside it. Everything here is computed from
-//! bytes in memory or in an open file; who fetches them, and what a refusal means for a build, is
-//! the business of the callers.
+//! bytes in memory or in an open file; callers fetch them, and decide what a refusal means for a
+//! build.
 //!
 //! Objects, signatures and keys are foreign bytes: each has a bound ([`MAX_OBJECT`],
 //! [`MAX_SIGNATURE`], [`MAX_KEYS`], [`MAX_OWN_SIGNATURES`], [`MAX_TRIES`]).
@@ -20,8 +20,8 @@
 //! - A revocation of a subkey without a reason, or because its key was stolen, counts for every
 //!   signature, however old it claims to be (RFC 9580, section 5.2.3.31). BuildKit goes by the
 //!   date, which a thief chooses.
-//! - A key's own signature that is newer than the one to verify is accepted. Who prolongs a key
-//!   replaces that signature, and BuildKit then refuses everything that was signed before.
+//! - A key's own signature that is newer than the one to verify is accepted. Extending the life
+//!   of a key replaces that signature, and BuildKit then refuses everything that was signed before.
 //!
 //! # Dependencies
 //!

@@ -18,7 +18,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-/// How far ahead of ours the clock of who signed may be, in seconds.
+/// How far ahead of ours the clock of the signer may be, in seconds.
 const MAX_AHEAD: u64 = 5 * 60;
 
 /// Most reasons, and keys, in one error.

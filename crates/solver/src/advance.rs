@@ -390,7 +390,7 @@ impl<Op: Operation> Graph<Op> {
     }
 }
 
-/// What consumers can tell apart.
+/// What consumers can distinguish.
 fn progress<O>(phase: &Phase<O>) -> (u8, Option<Level>) {
     match phase {
         Phase::Open(open) => (0, open.settled),

@@ -2,7 +2,7 @@
 
 use crate::{
     CacheKey, CacheStore, Completion, Known, Limits, Operation, RecordMeta,
-    event::{Effect, Event, ProbeResult, Progress, Promise, Why},
+    event::{Effect, Event, ProbeResult, Promise, VertexProgress, Why},
     graph::Graph,
     ids::{JobNo, RequestNo, TaskNo},
     miss,
@@ -26,14 +26,14 @@ use tokio::{
 use tracing::info_span;
 
 /// Where a request's answer goes.
-pub(crate) type Reply<O> = oneshot::Sender<Result<(O, Completion)>>;
+pub(crate) type ReplySender<O> = oneshot::Sender<Result<(O, Completion)>>;
 
 /// What the owner task receives.
 pub(crate) enum Message<Op: Operation> {
     /// Something happened.
     Event(Event<Op>),
     /// A request, with where to answer it.
-    Request { event: Event<Op>, request: RequestNo, reply: Reply<Op::Output> },
+    Request { event: Event<Op>, request: RequestNo, reply: ReplySender<Op::Output> },
     /// What a job's vertices came to.
     Known { job: JobNo, reply: oneshot::Sender<Vec<Known<Op>>> },
     /// A task ended.
@@ -63,7 +63,7 @@ struct Driver<Op: Operation> {
     store: Arc<dyn CacheStore<Op::Output>>,
     graph: Graph<Op>,
     tasks: HashMap<TaskNo, AbortHandle>,
-    replies: HashMap<RequestNo, Reply<Op::Output>>,
+    replies: HashMap<RequestNo, ReplySender<Op::Output>>,
     /// Drops records of lost results; they must not be found again.
     forgetting: Option<Shared<BoxFuture<'static, ()>>>,
 }
@@ -217,9 +217,9 @@ impl<Op: Operation> Driver<Op> {
                 }
             }
             Effect::Report { reporter, what } => match what {
-                Progress::Started => reporter.started(),
-                Progress::Cached => reporter.cached(),
-                Progress::Completed(error) => reporter.completed(error),
+                VertexProgress::Started => reporter.started(),
+                VertexProgress::Cached => reporter.cached(),
+                VertexProgress::Completed(error) => reporter.completed(error),
             },
             Effect::Reply { request, result } => {
                 if let Some(reply) = self.replies.remove(&request) {

@@ -115,14 +115,14 @@ pub(crate) enum Effect<Op: Operation> {
     /// Drop a task.
     Cancel { task: TaskNo },
     /// Report progress of a vertex.
-    Report { reporter: Reporter, what: Progress },
+    Report { reporter: Reporter, what: VertexProgress },
     /// Answer a request.
     Reply { request: RequestNo, result: Result<(Op::Output, Completion)> },
 }
 
 /// What is reported of a vertex.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
+pub(crate) enum VertexProgress {
     Started,
     Cached,
     Completed(Option<String>),

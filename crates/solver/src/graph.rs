@@ -401,7 +401,7 @@ impl<Op: Operation> Graph<Op> {
         }
     }
 
-    /// Looks again at everyone who wants `edge`.
+    /// Looks again at all waiters of `edge`.
     pub(crate) fn notify(&mut self, edge: EdgeId) {
         let waiters: Vec<Waiter> =
             self.edge(edge).map(|e| e.wants.keys().copied().collect()).unwrap_or_default();

@@ -56,8 +56,8 @@ impl<Op: Operation> Graph<Op> {
         self.dirty_node(no);
     }
 
-    /// The caches that the jobs of a node imported; those that are not read yet stop the one who
-    /// asks.
+    /// The caches that the jobs of a node imported; those that are not read yet stop the
+    /// caller.
     fn imports_of(&self, no: NodeNo) -> Result<Vec<Read<Op::Output>>, Blocked> {
         let Some(node) = self.nodes.get(&no).filter(|_| self.imports > 0) else {
             return Ok(Vec::new());

@@ -14,7 +14,7 @@ pub struct VertexId {
     pub digest: Digest,
     /// Whether the cache is not asked.
     pub ignore_cache: bool,
-    /// Tells apart vertices of one definition that are worked on in different ways.
+    /// Distinguishes vertices of one definition that are worked on in different ways.
     pub variant: u8,
 }
 
@@ -56,7 +56,7 @@ pub struct CacheMap {
 pub struct KeyPart {
     /// What it is called, such as `env VERSION`.
     pub name: String,
-    /// Tells its values apart. Not the value itself, which may be long and is nobody's business.
+    /// Distinguishes its values. Not the value itself, which may be long and must not be shown.
     pub fingerprint: u64,
 }
 

@@ -6,7 +6,7 @@
 
 use crate::{
     CacheMap, Known, Operation, Vertex,
-    event::{Effect, Event, ProbeResult, Progress},
+    event::{Effect, Event, ProbeResult, VertexProgress},
     graph::{
         Edge, Graph, InFlight, JobState, Level, Node, Open, Phase, Reported, Request, Run, Waiter,
         Work,
@@ -199,7 +199,7 @@ impl<Op: Operation> Graph<Op> {
         if node.reported == Reported::Started {
             self.effects.push(Effect::Report {
                 reporter: node.cx.reporter,
-                what: Progress::Completed(Some(Fault::cancelled().to_string())),
+                what: VertexProgress::Completed(Some(Fault::cancelled().to_string())),
             });
         }
     }
@@ -229,7 +229,7 @@ impl<Op: Operation> Graph<Op> {
             Ok(map) => node.map = Work::Known(Arc::new(map)),
             Err(fault) if self.try_again(no, flight, &fault) => {}
             Err(fault) => {
-                self.report(no, Progress::Completed(Some(fault.to_string())));
+                self.report(no, VertexProgress::Completed(Some(fault.to_string())));
                 let fault = self.attach_vertex(no, fault);
                 self.fail_node(no, &fault, |_| true);
                 if let Some(node) = self.nodes.get_mut(&no)
@@ -255,7 +255,7 @@ impl<Op: Operation> Graph<Op> {
                 if self.try_again(no, flight, &fault)
                     || self.recover(no, flight.redone, &fault) => {}
             Err(fault) => {
-                self.report(no, Progress::Completed(Some(fault.to_string())));
+                self.report(no, VertexProgress::Completed(Some(fault.to_string())));
                 let fault = self.attach_vertex(no, fault);
                 self.fail_node(
                     no,
@@ -284,14 +284,14 @@ impl<Op: Operation> Graph<Op> {
             Ok(outputs) => {
                 node.run = Run::Done(outputs);
                 node.ran_over = flight.redone;
-                self.report(no, Progress::Completed(None));
+                self.report(no, VertexProgress::Completed(None));
             }
             Err(fault) if self.try_again(no, flight, &fault) => {}
             Err(fault) if self.recover(no, flight.redone, &fault) => {
-                self.report(no, Progress::Completed(None))
+                self.report(no, VertexProgress::Completed(None))
             }
             Err(fault) => {
-                self.report(no, Progress::Completed(Some(fault.to_string())));
+                self.report(no, VertexProgress::Completed(Some(fault.to_string())));
                 let fault = self.attach_vertex(no, fault);
                 self.fail_node(no, &fault, |phase| matches!(phase, Phase::Claimed(_)));
                 if let Some(node) = self.nodes.get_mut(&no)
@@ -337,9 +337,10 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// Reports progress of a vertex.
-    pub(crate) fn report(&mut self, no: NodeNo, what: Progress) {
+    pub(crate) fn report(&mut self, no: NodeNo, what: VertexProgress) {
         let Some(node) = self.nodes.get_mut(&no) else { return };
-        node.reported = if what == Progress::Started { Reported::Started } else { Reported::Ended };
+        node.reported =
+            if what == VertexProgress::Started { Reported::Started } else { Reported::Ended };
         self.effects.push(Effect::Report { reporter: node.cx.reporter.clone(), what });
     }
 
@@ -355,7 +356,7 @@ impl<Op: Operation> Graph<Op> {
                     e.desired() == Some(Level::Result) && !matches!(e.phase, Phase::Done(_))
                 });
                 if node.reported == Reported::Nothing && !busy {
-                    self.report(input.node, Progress::Cached);
+                    self.report(input.node, VertexProgress::Cached);
                     stack.push(input.node);
                 }
             }

@@ -3,7 +3,7 @@
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, Vertex,
     VertexId,
-    event::{Effect, Event, ProbeResult, Progress, Why},
+    event::{Effect, Event, ProbeResult, VertexProgress, Why},
     graph::Graph,
     ids::{EdgeId, JobNo, NodeNo, RequestNo, TaskNo},
     keys::{Candidates, InputKeys, Key},
@@ -231,10 +231,10 @@ impl Lab {
             }
             Effect::Report { reporter, what } => {
                 return match what {
-                    Progress::Started => format!("{} started", reporter.name()),
-                    Progress::Cached => format!("{} cached", reporter.name()),
-                    Progress::Completed(None) => format!("{} completed", reporter.name()),
-                    Progress::Completed(Some(error)) => {
+                    VertexProgress::Started => format!("{} started", reporter.name()),
+                    VertexProgress::Cached => format!("{} cached", reporter.name()),
+                    VertexProgress::Completed(None) => format!("{} completed", reporter.name()),
+                    VertexProgress::Completed(Some(error)) => {
                         format!("{} failed: {error}", reporter.name())
                     }
                 };

@@ -3,7 +3,7 @@
 
 use crate::{
     CacheKey, Operation, RecordMeta,
-    event::{Effect, Progress},
+    event::{Effect, VertexProgress},
     graph::{
         Done, Graph, Level, Open, Phase, Probe, Reported, ResultOrigin, Run, Saving, Waiter, Work,
     },
@@ -86,7 +86,7 @@ impl<Op: Operation> Graph<Op> {
             self.alias(primary.key, &open.candidates);
         }
         if self.nodes.get(&id.node).is_some_and(|n| n.reported == Reported::Nothing) {
-            self.report(id.node, Progress::Cached);
+            self.report(id.node, VertexProgress::Cached);
         }
         Phase::Done(Done { value, from: ResultOrigin::Twin, keys })
     }
@@ -242,7 +242,7 @@ impl<Op: Operation> Graph<Op> {
             self.alias(primary, &open.candidates);
         }
         if self.nodes.get(&id.node).is_some_and(|n| n.reported == Reported::Nothing) {
-            self.report(id.node, Progress::Cached);
+            self.report(id.node, VertexProgress::Cached);
         }
         self.release_inputs(id);
         self.report_inputs_cached(id.node);
@@ -330,7 +330,10 @@ impl<Op: Operation> Graph<Op> {
                     cancelled.push(flight.task);
                     self.running -= usize::from(node.vertex.op.takes_slot());
                     node.run = Run::Idle;
-                    self.report(no, Progress::Completed(Some(Fault::cancelled().to_string())));
+                    self.report(
+                        no,
+                        VertexProgress::Completed(Some(Fault::cancelled().to_string())),
+                    );
                 }
                 Run::Queued => {
                     node.run = Run::Idle;
@@ -374,7 +377,7 @@ impl<Op: Operation> Graph<Op> {
         };
         let (flight, why) = (self.flight(no), self.why(no));
         self.running += usize::from(counts);
-        self.report(no, Progress::Started);
+        self.report(no, VertexProgress::Started);
         self.report_inputs_cached(no);
         let Some(node) = self.nodes.get_mut(&no) else { return };
         node.run = Run::Running(flight);

@@ -1,5 +1,5 @@
 //! `docker-image+blob://` and `oci-layout+blob://`: one blob by its digest, as one file (row
-//! `src.blob`); and where such a blob is, for others who read one.
+//! `src.blob`); and where such a blob is, for other sources that read one.
 
 use crate::{
     PinnedSource, SourceContext, SourceSpec,

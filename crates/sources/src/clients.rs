@@ -31,7 +31,7 @@ pub(crate) trait ClientServices: Send + Sync + 'static {
     /// The first secret of this name; `None` if no client has it.
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>>;
 
-    /// Who has directories: the session asked for, if it is attached, and then the others.
+    /// Sessions that have directories: the one asked for, if it is attached, and then the others.
     async fn directories(
         &self,
         session: Option<&SessionId>,

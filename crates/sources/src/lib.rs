@@ -7,7 +7,7 @@
 //!
 //! Sources know registries, web servers and sessions, but no graph and no operation: [`Sources`] is
 //! the whole of what those above see, and a state ([`shipway_refs::ImmutableRef`]) all they get.
-//! [`SessionCredentials`] is also for those who push.
+//! [`SessionCredentials`] is also for pushes.
 
 mod blob;
 mod clients;

@@ -265,7 +265,7 @@ impl LocalSource {
             known.len() >= MAX_KNOWN || entries > MAX_ENTRIES || identities > MAX_IDENTITIES
         };
         while full(&known) {
-            // Forgetting costs a walk, and of a client that tells its files apart a transfer: which
+            // Forgetting costs a walk, and a transfer for a client that identifies its files: which
             // one goes does not matter.
             let Some(other) = known.keys().next().cloned() else { return };
             known.remove(&other);

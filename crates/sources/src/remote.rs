@@ -36,7 +36,7 @@ const GIVEN: Duration = Duration::from_secs(60);
 /// Largest manifest, index or config that is read.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 
-/// Where documents and blobs come from: the port between what needs them and those who have them.
+/// Where documents and blobs come from: the port between what needs them and what has them.
 /// Everything it gives is checked against its digest, by itself or by the store that it is written
 /// to.
 #[async_trait]
@@ -268,7 +268,7 @@ struct RemoteLayers {
     given: tokio::sync::Mutex<Option<Instant>>,
 }
 
-/// An image at its registry, and whom that sees.
+/// An image at its registry, and the credentials that it is read with.
 pub(crate) struct RegistryImage {
     pub image: RemoteImage,
     pub credentials: Arc<dyn CredentialSource>,
@@ -290,8 +290,8 @@ impl fmt::Debug for LayerSources {
 }
 
 impl LayerOrigins for LayerSources {
-    /// Images are found again by their names. Who may read them is for the next build that wants
-    /// them to say.
+    /// Images are found again by their names. The credentials are those of the next build
+    /// that wants them.
     fn source(&self, origin: &str) -> Option<Arc<dyn LayerSource>> {
         let (registry, name) = (self.registry.as_ref()?, origin.parse::<ImageName>().ok()?);
         let credentials = Arc::new(Anonymous);
@@ -424,7 +424,7 @@ impl LayerSource for RemoteLayers {
             // Another namespace has it.
             return writer.commit(Some(layer.digest), &self.remote.labels()).await.map(drop);
         }
-        let mut report = Report::new(progress, layer);
+        let mut report = LayerReport::new(progress, layer);
         let mut pieces = self.remote().open(layer).await?;
         while let Some(piece) = pieces.next().await? {
             report.moved(piece.len() as u64);
@@ -526,9 +526,8 @@ impl BlobReader for Passing {
     }
 }
 
-/// Tells watchers how far a layer is, in the words that clients draw: the digest as the counter's
-/// id.
-struct Report<'a> {
+/// Reports how far a layer is, as clients draw it: the digest is the counter's id.
+struct LayerReport<'a> {
     reporter: Option<&'a Reporter>,
     id: String,
     current: u64,
@@ -536,7 +535,7 @@ struct Report<'a> {
     last: Instant,
 }
 
-impl<'a> Report<'a> {
+impl<'a> LayerReport<'a> {
     fn new(reporter: Option<&'a Reporter>, layer: &Descriptor) -> Self {
         let report = Self {
             reporter,

@@ -24,7 +24,7 @@ use std::{
 /// nothing shares with none.
 pub struct SessionCredentials {
     sessions: SessionGroup,
-    /// Who fetches tokens for a host, and under which name they are kept.
+    /// Which session fetches tokens for a host, and under which name they are kept.
     owners: tokio::sync::Mutex<HashMap<(SessionId, String), Owner>>,
 }
 
@@ -188,7 +188,7 @@ pub async fn forwarded_agent(sessions: &SessionGroup, id: &str, below: &Path) ->
     let listener = tokio::net::UnixListener::bind(near.join(AGENT)).map_err(failed)?;
     let id = id.to_owned();
     let serving = shipway_task::spawn("serve an SSH agent", async move {
-        // Connections end with the one who serves them.
+        // Connections end with the task that serves them.
         let mut open = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
@@ -258,7 +258,7 @@ impl ClientServices for SessionGroup {
         }
         let found = first(self, async |s: Session| {
             let mut upload = s.upload_pull(host, path)?;
-            // Who does not have it says so instead of a first piece; a file without any is empty.
+            // A client without it says so instead of a first piece; a file without any is empty.
             Ok(Some(match upload.next().await {
                 None => upload,
                 Some(piece) => {

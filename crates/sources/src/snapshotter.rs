@@ -182,10 +182,10 @@ mod tests {
         let (given, line) =
             tokio::join!(control.give(&image, &credentials), serve("{\"ok\":true}\n"));
         assert!(given.unwrap());
-        let told = &line["credentials"];
-        assert_eq!(told["repository"], "r.example/a/b");
-        assert_eq!(told["username"], "me");
-        assert_eq!(told["secret"], "s\n\"");
+        let sent = &line["credentials"];
+        assert_eq!(sent["repository"], "r.example/a/b");
+        assert_eq!(sent["username"], "me");
+        assert_eq!(sent["secret"], "s\n\"");
         let refusal = "{\"error\":\"no such repository\",\"code\":\"InvalidArgument\"}\n";
         let (refused, _) = tokio::join!(control.give(&image, &credentials), serve(refusal));
         let refused = refused.unwrap_err().to_string();

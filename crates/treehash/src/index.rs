@@ -1,7 +1,7 @@
 //! Checksums of parts of a tree, with a memory.
 
 use crate::{
-    PathFilter, Selector, Verdict,
+    PathFilter, PathVerdict, Selector,
     hash::{FileStat, Stamp, digest},
     resolve::{missing, resolve},
 };
@@ -228,16 +228,16 @@ fn collect(
         }
         relative.extend_from_slice(child.as_bytes());
         let is_dir = stamp.kind() == FileType::Directory;
-        let verdict =
-            filter.map_or(Verdict::Take, |f| f.decide(&String::from_utf8_lossy(&relative), is_dir));
+        let verdict = filter
+            .map_or(PathVerdict::Take, |f| f.decide(&String::from_utf8_lossy(&relative), is_dir));
         let full_name = [name, b"/", &relative].concat();
         let mut held = None;
         match verdict {
-            Verdict::Skip => continue,
-            Verdict::Descend => {
+            PathVerdict::Skip => continue,
+            PathVerdict::Descend => {
                 held = Some(SelectedFile { path: path.clone(), name: full_name, stamp })
             }
-            Verdict::Take => {
+            PathVerdict::Take => {
                 found.extend(stack.iter_mut().filter_map(|d| d.held.take()));
                 found.push(SelectedFile { path: path.clone(), name: full_name, stamp });
             }

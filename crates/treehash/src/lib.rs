@@ -3,10 +3,10 @@
 //! whenever they were made.
 //!
 //! A [`TreeIndex`] belongs to one tree and remembers what it hashed: a file whose size, time of
-//! modification, owner and mode are what they were is not read again. Who writes into the tree
-//! otherwise, or keeps a file's time while writing, tells the index. [`Selector`] says which part
-//! is meant; patterns are the caller's ([`PathFilter`]). Paths are resolved within the tree,
-//! whatever links say. Nothing here knows how a tree came to be.
+//! modification, owner and mode are what they were is not read again. Callers
+//! that write into the tree otherwise, or keep a file's time while writing, report that to the
+//! index. [`Selector`] says which part is meant; patterns are the caller's ([`PathFilter`]). Paths
+//! are resolved within the tree, whatever links say. Nothing here knows how a tree came to be.
 //!
 //! What is remembered lasts as long as the process: hashing anew runs at more than a gigabyte a
 //! second, and what would be read from a disk could be wrong about files that others changed
@@ -20,4 +20,4 @@ mod selector;
 pub use hash::{FileHasher, FileStat};
 pub use index::TreeIndex;
 pub use resolve::{Resolved, resolve};
-pub use selector::{PathFilter, Selector, Verdict};
+pub use selector::{PathFilter, PathVerdict, Selector};

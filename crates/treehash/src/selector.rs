@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 /// What a [`PathFilter`] says of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum PathVerdict {
     /// It belongs to the selection.
     Take,
     /// It does not, but something below it may: its directory entry is not hashed unless a child
@@ -18,7 +18,7 @@ pub enum Verdict {
 pub trait PathFilter: Send + Sync {
     /// Decides about `path`, relative to the selected directory, without a leading slash. Called in
     /// walk order, parents first.
-    fn decide(&self, path: &str, is_dir: bool) -> Verdict;
+    fn decide(&self, path: &str, is_dir: bool) -> PathVerdict;
 }
 
 /// What part of a tree a checksum is about (rows `so.hash*`).

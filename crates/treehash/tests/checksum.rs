@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_treehash::{PathFilter, Selector, TreeIndex, Verdict};
+use shipway_treehash::{PathFilter, PathVerdict, Selector, TreeIndex};
 use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
@@ -107,11 +107,11 @@ fn a_malformed_pattern_fails_where_there_is_a_name_to_match() {
 struct OnlyText;
 
 impl PathFilter for OnlyText {
-    fn decide(&self, path: &str, is_dir: bool) -> Verdict {
+    fn decide(&self, path: &str, is_dir: bool) -> PathVerdict {
         match (is_dir, path.ends_with(".txt")) {
-            (true, _) => Verdict::Descend,
-            (_, true) => Verdict::Take,
-            _ => Verdict::Skip,
+            (true, _) => PathVerdict::Descend,
+            (_, true) => PathVerdict::Take,
+            _ => PathVerdict::Skip,
         }
     }
 }

@@ -84,12 +84,12 @@ impl Header {
     /// Whether the checksum is right, counted with bytes as they are or, as some old programs did,
     /// with signed ones.
     pub fn is_whole(&self) -> bool {
-        let told = number(&self.0[148..156]);
+        let written = number(&self.0[148..156]);
         let byte = |(i, b): (usize, &u8)| if (148..156).contains(&i) { b' ' } else { *b };
         let all = || self.0.iter().enumerate().map(byte);
         let plain: i64 = all().map(i64::from).sum();
         let signed: i64 = all().map(|b| i64::from(b as i8)).sum();
-        told == Some(plain) || told == Some(signed)
+        written == Some(plain) || written == Some(signed)
     }
 
     /// What the field says the entry's content takes.

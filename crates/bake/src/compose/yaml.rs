@@ -160,7 +160,7 @@ impl Reader {
                 self.place(value, anchor, tag)
             }
             Event::Alias(id) => {
-                // Who is inside what it stands for meets nothing: that is not finished.
+                // Inside what it stands for there is nothing yet: that is not finished.
                 let (value, size) = self
                     .anchors
                     .get(&id)

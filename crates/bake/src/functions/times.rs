@@ -99,7 +99,7 @@ fn unix(n: Number) -> Result<Timestamp> {
     Timestamp::from_second(seconds).map_err(|e| e.to_string().into())
 }
 
-/// A time in RFC 3339, with the offset that it is told in.
+/// A time in RFC 3339, with the offset that it is written with.
 fn parse(text: &str) -> Result<(Timestamp, Offset), String> {
     let invalid = || format!("not a valid RFC3339 timestamp: {text:?}");
     let bytes = text.as_bytes();

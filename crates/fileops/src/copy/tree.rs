@@ -34,11 +34,11 @@ const QUEUE: usize = 2;
 const MAX_THREADS: usize = 4;
 
 /// A directory of the target. What would change, or would change what is made in it, is set when
-/// the last who works in it lets go.
+/// the last worker in it is done.
 pub(super) struct TargetDir {
     pub(super) fd: OwnedFd,
     times: Option<Timestamps>,
-    /// Whose extended attributes it gets: a default ACL is for those who come later.
+    /// Whose extended attributes it gets: a default ACL is for files that are made later.
     model: Option<Arc<OwnedFd>>,
     /// Whether it was made for the copy, so that nothing was in it before.
     pub(super) made: bool,

@@ -348,7 +348,7 @@ impl Outside for Fake {
         self.0.call();
     }
 
-    fn tell(&self, event: &Event) -> bool {
+    fn report(&self, event: &Event) -> bool {
         self.0.call();
         // Sometimes the socket is full.
         let taken = self.0.connected.get() && self.0.dice(4) > 0;
@@ -499,7 +499,7 @@ impl Life {
             8..16 if !world.connected.get() => {
                 world.connected.set(true);
                 world.wanted.borrow_mut().clear();
-                self.attempt(|engine, _, _| engine.forget_told());
+                self.attempt(|engine, _, _| engine.forget_reported());
             }
             8..12 => {
                 layer.fill(&blocks);
@@ -567,7 +567,7 @@ impl Life {
     fn check(&mut self) {
         let world = self.world.clone();
         // The socket takes some more.
-        while world.connected.get() && !self.engine.tell_all() {}
+        while world.connected.get() && !self.engine.report_all() {}
         let parked: Vec<Parked> = self.engine.slots().parked().map(|(_, read)| read).collect();
         let asks = world.asks.borrow();
         for ask in asks.values() {

@@ -167,7 +167,7 @@ struct InTree<'a> {
 }
 
 impl<'a> InTree<'a> {
-    fn attributes(&self) -> Attributes {
+    fn attributes(&self) -> NodeAttributes {
         let kind = match self.inode.content {
             Content::Directory => 0o40_000,
             Content::File(_) => 0o100_000,
@@ -175,7 +175,11 @@ impl<'a> InTree<'a> {
         };
         let Metadata { nid, mode, size, nlink, uid, gid, .. } = self.inode;
         let node = NodeId(TREE | self.number << 32 | nid.0);
-        Attributes { uid, gid, ..Attributes::new(node, kind | u32::from(mode), size, nlink) }
+        NodeAttributes {
+            uid,
+            gid,
+            ..NodeAttributes::new(node, kind | u32::from(mode), size, nlink)
+        }
     }
 
     fn other(&self, nid: Nid) -> Self {
@@ -208,7 +212,7 @@ impl Files {
         self.tree(node >> 32, Some(Nid(node & u64::from(u32::MAX))))
     }
 
-    fn named(&self, parent: u64, name: &[u8]) -> Option<Attributes> {
+    fn named(&self, parent: u64, name: &[u8]) -> Option<NodeAttributes> {
         if let Some(parent) = self.in_tree(parent) {
             return Some(parent.find(name)?.attributes());
         }
@@ -219,13 +223,13 @@ impl Files {
         Some(self.attributes(*node))
     }
 
-    fn attributes(&self, node: u64) -> Attributes {
+    fn attributes(&self, node: u64) -> NodeAttributes {
         if let Some(found) = self.in_tree(node) {
             return found.attributes();
         }
         match self.0.get(&node) {
-            Some((_, size, _)) => Attributes::new(NodeId(node), 0o100_444, *size, 1),
-            None => Attributes::new(NodeId::ROOT, 0o40_555, 0, 2),
+            Some((_, size, _)) => NodeAttributes::new(NodeId(node), 0o100_444, *size, 1),
+            None => NodeAttributes::new(NodeId::ROOT, 0o40_555, 0, 2),
         }
     }
 }
@@ -329,7 +333,7 @@ fn serve(device: &OwnedFd, files: &Mutex<Files>, reads: &AtomicU64) {
         let files = files.lock();
         let answer = match request.operation {
             Operation::Init(offer) => {
-                let wanted = Wanted { idmap: true, trees: true, ..Wanted::default() };
+                let wanted = InitOptions { idmap: true, trees: true, ..InitOptions::default() };
                 reply.init(unique, &offer.answer(wanted).unwrap())
             }
             Operation::Lookup { name } => match files.named(node, name) {

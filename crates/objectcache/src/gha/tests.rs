@@ -7,7 +7,7 @@ use shipway_testkit::GithubCache;
 
 const SCOPE: &str = "refs/heads/feature";
 
-fn attributes(github: &GithubCache, second: bool, more: &[(&str, &str)]) -> Attributes {
+fn attributes(github: &GithubCache, second: bool, more: &[(&str, &str)]) -> CacheAttributes {
     let (url, token) = (github.url(), github.token());
     let fixed = [(if second { "url_v2" } else { "url" }, url.as_str()), ("token", &token)];
     fixed.iter().chain(more).map(|(k, v)| ((*k).into(), (*v).into())).collect()
@@ -178,7 +178,7 @@ fn attributes_are_read_as_buildkit_does() {
         let fault = of(wrong).map(drop).unwrap_err();
         assert!(fault.message().contains(why), "{fault}");
     }
-    let none = Config::of(&Attributes::new()).map(drop).unwrap_err();
+    let none = Config::of(&CacheAttributes::new()).map(drop).unwrap_err();
     assert_eq!(none.message(), "token not set for github actions cache");
 }
 
@@ -193,5 +193,5 @@ fn errors_of_both_protocols_are_read() {
     );
     let second = error(br#"{"code":"already_exists","msg":"m"}"#);
     assert_eq!((second.code.as_str(), second.message.as_str()), ("already_exists", "m"));
-    assert_eq!(error(b"<html>"), Words::default());
+    assert_eq!(error(b"<html>"), StoreError::default());
 }

@@ -1,6 +1,6 @@
 //! What a request's attributes say of a bucket.
 
-use crate::{Attributes, encoded_path};
+use crate::{CacheAttributes, encoded_path};
 use http::Uri;
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::{GoDuration, parse_bool};
@@ -52,7 +52,10 @@ fn positive(text: &str) -> Option<u32> {
 impl Config {
     /// Reads `attributes`; `variable` is the environment. Mistakes in `touch_refresh` and
     /// `use_path_style` are passed over, as by BuildKit.
-    pub fn of(attributes: &Attributes, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+    pub fn of(
+        attributes: &CacheAttributes,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self> {
         let text = |key: &str| attributes.get(key).map(String::as_str);
         let given = |key: &str| text(key).filter(|v| !v.is_empty());
         let needed = |key: &str, name: &str| {
@@ -179,7 +182,7 @@ mod tests {
     use super::*;
 
     fn of(attributes: &[(&str, &str)], variables: &[(&str, &str)]) -> Result<Config> {
-        let mut all = Attributes::from([
+        let mut all = CacheAttributes::from([
             ("bucket".to_owned(), "b".to_owned()),
             ("region".to_owned(), "eu-central-1".to_owned()),
         ]);

@@ -116,7 +116,7 @@ fn machine() -> Machine {
     Machine::new(Default::default())
 }
 
-fn attributes(url: &str, more: &[(&str, &str)]) -> Attributes {
+fn attributes(url: &str, more: &[(&str, &str)]) -> CacheAttributes {
     let fixed = [
         ("bucket", "b"),
         ("region", "r"),

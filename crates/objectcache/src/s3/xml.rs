@@ -1,6 +1,6 @@
 //! Documents of S3's (the API reference names their elements).
 
-use crate::calls::Words;
+use crate::calls::StoreError;
 use quick_xml::{de::from_str, escape::escape};
 use serde::{Deserialize, de::DeserializeOwned};
 use shipway_fault::{Class, Code, Fault, Result};
@@ -21,10 +21,10 @@ struct Refusal {
 }
 
 /// What an error document says.
-pub(super) fn error(bytes: &[u8]) -> Words {
+pub(super) fn error(bytes: &[u8]) -> StoreError {
     let Refusal { code, message } =
         read(bytes, "an error").unwrap_or_else(|_: Fault| Refusal::default());
-    Words { code, message }
+    StoreError { code, message }
 }
 
 /// One page of a list.
@@ -123,7 +123,10 @@ mod tests {
     #[test]
     fn an_error_may_come_with_a_good_status() {
         let refusal = b"<Error><Code>InternalError</Code><Message>again</Message></Error>";
-        assert_eq!(error(refusal), Words { code: "InternalError".into(), message: "again".into() });
+        assert_eq!(
+            error(refusal),
+            StoreError { code: "InternalError".into(), message: "again".into() }
+        );
         assert!(finished(refusal).is_err_and(|f| f.code() == Code::Unavailable));
         assert!(copied(refusal).is_err());
         let done = b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>";
@@ -141,7 +144,7 @@ mod tests {
             b"<!DOCTYPE x [<!ENTITY y 'z'>]><a>&y;</a>",
         ] {
             assert!(upload(garbage).is_err());
-            assert_eq!(error(garbage), Words::default());
+            assert_eq!(error(garbage), StoreError::default());
         }
     }
 }

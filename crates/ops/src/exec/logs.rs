@@ -1,6 +1,6 @@
-//! A step's output on its way to those who watch (row `exec.logclip`): bounded in size and speed,
-//! with the end kept for the case that the step fails, and in pieces that are not as small as the
-//! step wrote them.
+//! A step's output on its way to the clients that watch (row `exec.logclip`): bounded in size and
+//! speed, with the end kept for the case that the step fails, and in pieces that are not as small
+//! as the step wrote them.
 
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
@@ -74,7 +74,7 @@ fn shown(bytes: u64) -> String {
     format!("{}{unit}", bytes as f64 / f64::from(1 << (10 * n)))
 }
 
-/// The output of one step on its way to those who watch.
+/// The output of one step on its way to the clients that watch.
 pub(super) struct StepLog {
     reporter: Reporter,
     limits: LogLimits,

@@ -83,7 +83,7 @@ impl Remote for ObjectRemote {
         Err(self.none(&format!("document {}", descriptor.digest)))
     }
 
-    /// Nobody asks for what the config did not tell.
+    /// Not called: the config has all lengths.
     async fn blob_size(&self, digest: Digest) -> Result<u64> {
         Err(self.none(&format!("length of {digest}")))
     }

@@ -160,8 +160,8 @@ impl Repo<'_> {
             .map_err(failed)
     }
 
-    /// Fetches the history that shallow fetches left out: a bundle that lacks it is of no use to
-    /// anybody.
+    /// Fetches the history that shallow fetches left out: a bundle that lacks it is of no
+    /// use.
     async fn deepen(&self, tip: &Tip) -> Result<()> {
         let shallow = self.dir.join("shallow");
         let git = self.here();

@@ -53,7 +53,7 @@ impl GitSource {
             let kept = Arc::into_inner(kept);
             match done {
                 Err(error) if may_repeat && error.code() == Code::DataLoss => {
-                    tracing::warn!(remote = spec.shown(), %error, "the kept repository is damaged, making it anew");
+                    tracing::warn!(remote = spec.shown(), %error, "stored repository is damaged, cloning it again");
                     may_repeat = false;
                     if let Some(Kept { mount, named }) = kept {
                         named.discard().await?;

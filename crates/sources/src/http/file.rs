@@ -68,7 +68,7 @@ pub(super) fn open(root: &Path, name: &str) -> Result<File> {
 }
 
 /// A file being written. Its steps run where blocking is allowed.
-pub(crate) struct Target {
+pub(crate) struct DownloadFile {
     path: PathBuf,
     sink: Option<Sink>,
 }
@@ -100,7 +100,7 @@ impl Write for Hashed {
 
 /// Creates the file in a fresh state; `gzip` if what will be written is compressed and the file
 /// shall not be.
-pub(crate) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target> {
+pub(crate) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<DownloadFile> {
     let path = dir.join(name);
     blocking(move || {
         let open = File::options().write(true).create_new(true).mode(0o600).open(&path);
@@ -111,12 +111,12 @@ pub(crate) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target>
         } else {
             Sink::Plain(Box::new(plain))
         };
-        Ok(Target { path, sink: Some(sink) })
+        Ok(DownloadFile { path, sink: Some(sink) })
     })
     .await
 }
 
-impl Target {
+impl DownloadFile {
     pub(crate) async fn write(&mut self, piece: Bytes) -> Result<()> {
         let Some(mut sink) = self.sink.take() else {
             return Err(Fault::internal("write to a file that is closed"));

@@ -138,7 +138,7 @@ impl NameResolver<'_> {
                     if let Some(found) =
                         self.serving(&records, platform, |_| Some(Stored::Fallback)).await?
                     {
-                        tracing::warn!(image = %spec.name, digest = %found.main.digest, %error, "taken from containerd's image store");
+                        tracing::warn!(image = %spec.name, digest = %found.main.digest, %error, "registry did not resolve the image, using the one in containerd's image store");
                         self.cx.reporter.log(
                             LogStream::Stderr,
                             format!("using the local image: {error}\n").as_bytes(),
