@@ -2,8 +2,8 @@
 //! `bx.bake.*`).
 //!
 //! - [`parse`] reads files and evaluates them to a [`BakeConfig`] of [`Target`]s and [`Group`]s.
-//! - [`BakeConfig::plan`] picks targets, merges what they inherit, applies `--set`, and adds those that
-//!   they use as contexts. A [`Plan`] serializes as `--print` shows it.
+//! - [`BakeConfig::plan`] picks targets, merges what they inherit, applies `--set`, and adds those
+//!   that they use as contexts. A [`Plan`] serializes as `--print` shows it.
 //! - [`Granted`] is what `--allow` grants.
 //!
 //! Nothing here reads files or the environment itself: [`Host`] does. What a definition can ask for

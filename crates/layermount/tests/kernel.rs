@@ -6,6 +6,7 @@
 mod common;
 
 use common::*;
+use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     fs::CWD,
     mount::{
@@ -28,16 +29,22 @@ use std::{
 /// The ways that need the kernel.
 const TIERS: [Tier; 5] = [Tier::File, Tier::FlatFile, Tier::Loop, Tier::FlatLoop, Tier::FuseTree];
 
+/// Held by the test that runs: a child that another one starts has, for a moment, all that is open
+/// here, and what is open cannot be unmounted.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// A directory with a server, a probe and mount points.
 struct Lab {
     dir: tempfile::TempDir,
     server: Server,
     probed: ProbeLayer,
     served: FuseFiles,
+    alone: MutexGuard<'static, ()>,
 }
 
 impl Lab {
     fn new() -> Self {
+        let alone = ALONE.lock();
         own_mounts();
         let dir = directory();
         let server = Server::start(&dir.path().join("k"));
@@ -45,7 +52,7 @@ impl Lab {
         [&layers.join("probe"), &mounts].into_iter().for_each(|d| fs::create_dir_all(d).unwrap());
         let probed = ProbeLayer::write(&layers.join("probe")).unwrap();
         let served = server.add(0, &probed.meta, &probed.data);
-        Self { dir, server, probed, served }
+        Self { dir, server, probed, served, alone }
     }
 
     fn probe(&self, forced: Option<Tier>) -> shipway_fault::Result<Probe> {
@@ -344,12 +351,12 @@ fn a_data_file_that_anything_reads_is_told_from_one_that_nothing_does() {
     assert!(is_used(owner.as_fd()).unwrap());
     drop(files);
     let lab = {
-        let Lab { dir, server, probed, served } = lab;
+        let Lab { dir, server, probed, served, alone } = lab;
         drop(server);
         let server = Server::start(&dir.path().join("k"));
         let served = FuseFiles { ..served };
         server.add(0, &probed.meta, &probed.data);
-        Lab { dir, server, probed, served }
+        Lab { dir, server, probed, served, alone }
     };
     let alone = || !is_used(owner.as_fd()).unwrap();
     assert!(alone());

@@ -40,7 +40,7 @@ pub(crate) fn binary(bytes: i64) -> String {
     format!("{text}{}", units[unit])
 }
 
-/// As [`bytes`], with as many digits as the value has.
+/// As [`bytes()`], with as many digits as the value has.
 pub(crate) fn exact_bytes(bytes: i64) -> String {
     match scaled(bytes) {
         Some((value, unit)) => format!("{value}{unit}"),

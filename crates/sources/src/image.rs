@@ -144,8 +144,8 @@ impl Source for ImageSource {
                     limit: image.layer_limit,
                 },
             )];
-            // The second key is the content itself: the same layers under another name, or after a new
-            // push, are the same state.
+            // The second key is the content itself: the same layers under another name, or after a
+            // new push, are the same state.
             keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
             Ok(PinnedSource {
                 keys,
@@ -175,8 +175,8 @@ impl Source for ImageSource {
             if diffs.is_empty() {
                 return self.refs.scratch();
             }
-            // What was built here may lie on layers that are not here, and are not found under its own
-            // name.
+            // What was built here may lie on layers that are not here, and are not found under its
+            // own name.
             let built = matches!(found.stored, Some(Stored::Built(_)));
             let origins = match built {
                 true => self.refs.storage().content.info(found.digest).await?.labels,

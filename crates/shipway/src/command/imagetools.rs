@@ -54,7 +54,7 @@ struct Create {
     /// File with a descriptor as JSON, or with another source; may be repeated
     #[arg(short, long = "file", value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Annotation, as index:KEY=VALUE or manifest-descriptor[PLATFORM]:KEY=VALUE; may be repeated
+    /// Annotation, as index:KEY=VALUE or manifest-descriptor\[PLATFORM\]:KEY=VALUE; may be repeated
     #[arg(long = "annotation", value_name = "ANNOTATION")]
     annotations: Vec<String>,
     /// Platforms that the new image has, instead of all; may be repeated or a list
