@@ -81,12 +81,6 @@ impl Client {
         Ok(Self { inner, timeouts })
     }
 
-    /// A function that is no future and not generic: hyper's client is large, and each crate that
-    /// sends requests would compile it again.
-    fn start(&self, request: Request<Body>) -> legacy::ResponseFuture {
-        self.inner.request(request)
-    }
-
     /// Sends one request and waits for the head of its response. Redirects are responses like
     /// others.
     pub async fn send(&self, request: Request<Body>) -> Result<Response, HttpError> {
@@ -120,7 +114,7 @@ impl Client {
         let length = request.body().size_hint().exact().unwrap_or(0);
         let noted = span.clone();
         let result = traced(span, async {
-            let result = answered(self.start(request)).await;
+            let result = answered(self.inner.request(request)).await;
             match &result {
                 Ok(response) => {
                     set(&noted, "http.response.status_code", response.status().as_u16().into());

@@ -8,7 +8,6 @@ use crate::{
         mounts::{MountContext, MountGuards, MountPlan},
     },
 };
-use futures::FutureExt as _;
 use parking_lot::Mutex;
 use shipway_executor::{ExecMount, ExitStatus, ProcessIo, RootFs};
 use shipway_fault::{Fault, Result};
@@ -78,7 +77,7 @@ impl Container {
         let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
         let mounting = MountContext { sessions: &job.sessions, reporter, jobs: &[] };
         let MountPlan { root, mounts, snapshots, guards } =
-            exec::mounts::plan(&services, &exec, &spec.inputs, mounting).boxed().await?;
+            exec::mounts::plan(&services, &exec, &spec.inputs, mounting).await?;
         let end = CancellationToken::new();
         Ok(Self {
             services,

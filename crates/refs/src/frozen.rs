@@ -10,7 +10,6 @@ use crate::{
     record::{RecordBody, RecordMeta, RecordType},
     records::Records,
 };
-use futures::FutureExt as _;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_storage::Mount;
 use shipway_treehash::TreeIndex;
@@ -85,7 +84,7 @@ impl Frozen {
     /// The state as a read-only directory of the host.
     pub async fn mount(self: &Arc<Self>) -> Result<LocalMount> {
         let view = self.view();
-        self.records.backend.mount(&view.mounts, Some(view.guard)).boxed().await
+        self.records.backend.mount(&view.mounts, Some(view.guard)).await
     }
 
     /// Bytes on disk, what it was made from not counted.
@@ -101,7 +100,7 @@ impl Frozen {
     /// place on the disk, so readers of its files go on undisturbed.
     pub async fn layered(&self) -> Result<LayeredRef> {
         self.layered
-            .get_or_try_init(|| self.make_layer().boxed())
+            .get_or_try_init(|| self.make_layer())
             .await
             .context(|| format!("make a layer of {:?}", self.description))
             .cloned()

@@ -9,7 +9,6 @@ use crate::{
     record::{RecordBody, RecordMeta, RecordType},
     records::{Record, RecordUse, Records},
 };
-use futures::FutureExt as _;
 use shipway_fault::{Fault, Result};
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
@@ -144,7 +143,7 @@ impl LayeredRef {
     /// Makes the snapshot exist. `progress` reports it where the state has no origin.
     pub async fn materialize(&self, progress: Option<&Reporter>) -> Result<()> {
         let origin = self.0.origin.get().filter(|o| o.is_heard() && o.is_completed());
-        self.records().materialize(self.record(), origin, progress).boxed().await
+        self.records().materialize(self.record(), origin, progress).await
     }
 
     /// The state for a process that only reads.
@@ -158,7 +157,7 @@ impl LayeredRef {
         let view = match shared.upgrade() {
             Some(view) => view,
             None => {
-                let view = Active::view(&self.records().backend, record.snapshot()).boxed().await?;
+                let view = Active::view(&self.records().backend, record.snapshot()).await?;
                 if let [only @ Mount::Overlay(_)] = &view.mounts[..]
                     && is_lasting(only)
                 {
@@ -185,7 +184,7 @@ impl LayeredRef {
         }
         let view = self.view().await?;
         let guard: Arc<dyn Any + Send + Sync> = Arc::new((view.guard, self.0.clone()));
-        let mount = self.records().backend.mount(&view.mounts, Some(guard)).boxed().await?;
+        let mount = self.records().backend.mount(&view.mounts, Some(guard)).await?;
         *mounted = mount.downgrade();
         Ok(mount)
     }

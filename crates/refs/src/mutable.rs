@@ -11,7 +11,6 @@ use crate::{
     record::{RecordBody, RecordMeta, RecordType},
     records::Records,
 };
-use futures::FutureExt as _;
 use parking_lot::Mutex;
 use shipway_archive::{Compression, Hashed, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
@@ -54,7 +53,6 @@ impl MutableRef {
         };
         let below = parent.as_ref().and_then(|p| p.record().snapshot());
         let active = Active::prepare(&records.backend, "step", below)
-            .boxed()
             .await
             .context(|| format!("make a file system for {description:?}"))?;
         Ok(Self {
@@ -91,7 +89,7 @@ impl MutableRef {
             return Ok(mount);
         }
         let unsynced: Vec<Mount> = self.active.mounts.iter().map(Mount::unsynced).collect();
-        let mount = self.records.backend.mount(&unsynced, None).boxed().await?;
+        let mount = self.records.backend.mount(&unsynced, None).await?;
         self.mounted.lock().extend(mount.downgrade());
         Ok(mount)
     }
@@ -139,15 +137,12 @@ impl MutableRef {
             body: RecordBody::Layers(Vec::new()),
         };
         let what = meta.description.clone();
-        commit(&records, active, parent, meta, pack)
-            .boxed()
-            .await
-            .context(|| format!("commit {what:?}"))
+        commit(&records, active, parent, meta, pack).await.context(|| format!("commit {what:?}"))
     }
 
     /// Throws the state away and waits for that.
     pub async fn release(self) -> Result<()> {
-        self.active.release().boxed().await
+        self.active.release().await
     }
 }
 

@@ -9,7 +9,6 @@ use crate::{
     repository::Mode,
 };
 use bytes::Bytes;
-use futures::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
 use shipway_http::{Client, HttpError, Response, display_of, full_body, no_body};
 use std::time::{Duration, SystemTime};
@@ -90,10 +89,6 @@ impl Repository {
     /// Asks mirrors and then the origin; the first good answer wins. The origin's failure is the
     /// one that is returned.
     pub(crate) async fn request(&self, request: &ApiRequest) -> Result<Reply, Error> {
-        self.request_anywhere(request).boxed().await
-    }
-
-    async fn request_anywhere(&self, request: &ApiRequest) -> Result<Reply, Error> {
         let endpoints = self.endpoints(request.need).await?;
         let mut earlier = Vec::new();
         for (i, endpoint) in endpoints.iter().enumerate() {
@@ -159,15 +154,6 @@ impl Repository {
 
     /// Asks once, answering challenges.
     pub(crate) async fn send_authenticated(
-        &self,
-        client: &Client,
-        endpoint: &Endpoint,
-        request: &ApiRequest,
-    ) -> Result<Response, Kind> {
-        self.send_until_allowed(client, endpoint, request).boxed().await
-    }
-
-    async fn send_until_allowed(
         &self,
         client: &Client,
         endpoint: &Endpoint,

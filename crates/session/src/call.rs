@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures::{FutureExt as _, Stream, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use shipway_fault::{Code, Fault, Result};
 use shipway_grpc::{TracedChannel, fault_of, headers};
 use tokio_util::task::AbortOnDropHandle;
@@ -62,20 +62,11 @@ pub(crate) fn add(metadata: &mut MetadataMap, key: &str, value: &str) -> Result<
 
 /// A unary answer, or the fault it carries; `None` if the client does not know the method (rows
 /// `cb.auth.fallback`, `cb.secrets`).
-pub(crate) fn optional<'a, T: Send + 'a>(
-    limit: Duration,
-    what: &'a str,
-    tolerated: &'a [Code],
-    call: impl Future<Output = Result<Response<T>, Status>> + Send + 'a,
-) -> BoxFuture<'a, Result<Option<T>>> {
-    answered(limit, what, tolerated, call.boxed()).boxed()
-}
-
-async fn answered<T>(
+pub(crate) async fn optional<T>(
     limit: Duration,
     what: &str,
     tolerated: &[Code],
-    call: BoxFuture<'_, Result<Response<T>, Status>>,
+    call: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<Option<T>> {
     let answer = tokio::time::timeout(limit, call).await.map_err(|_| {
         Fault::new(

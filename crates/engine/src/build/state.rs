@@ -55,17 +55,11 @@ impl States {
     }
 
     /// The state behind a reference, solved.
-    pub(crate) fn state_of<'a>(
-        &'a self,
-        state: &'a dyn BuildRef,
-    ) -> BoxFuture<'a, Result<ImmutableRef>> {
-        async move {
-            match self.find(state) {
-                Some(state) => state.state().await,
-                None => self.failed.state(state.id()).await,
-            }
+    pub(crate) async fn state_of(&self, state: &dyn BuildRef) -> Result<ImmutableRef> {
+        match self.find(state) {
+            Some(state) => state.state().await,
+            None => self.failed.state(state.id()).await,
         }
-        .boxed()
     }
 
     /// Does `work` with the state, and again with another one if the first turns out to be lost:
@@ -88,7 +82,7 @@ impl States {
     /// Whether `fault` says that the state is lost, and it is made again when it is next asked for.
     pub(crate) async fn made_again(&self, state: &dyn BuildRef, fault: &Fault) -> bool {
         match self.find(state) {
-            Some(state) => state.made_again(fault).boxed().await,
+            Some(state) => state.made_again(fault).await,
             None => false,
         }
     }
@@ -107,7 +101,6 @@ impl States {
     ) -> Result<T> {
         let mount = self
             .with(state, async |state| state.mount().await)
-            .boxed()
             .await
             .context(|| "read from a build's result")?;
         shipway_task::blocking("read from a build's result", move || f(mount.path())).await
@@ -146,11 +139,10 @@ impl EngineRef {
         if let Some(solved) = self.lazy.solved() {
             return Ok(solved);
         }
-        let state =
-            match self.scope.job.build(self.lazy.vertex.clone(), self.lazy.output).boxed().await {
-                Ok((state, _)) => state,
-                Err(fault) => return Err(self.scope.explained(self.place(fault)).boxed().await),
-            };
+        let state = match self.scope.job.build(self.lazy.vertex.clone(), self.lazy.output).await {
+            Ok((state, _)) => state,
+            Err(fault) => return Err(self.scope.explained(self.place(fault)).await),
+        };
         self.scope.parts.services.sources.wanted_by(&state, &self.scope.data.sessions);
         self.lazy.solve(state.clone());
         Ok(state)
