@@ -1,7 +1,7 @@
 //! Layers with a table of contents, made of ordinary ones, and what tests read in them.
 
-use shipway_archive::{Member, MemberKind, TarReader};
-use shipway_estargz::{Dialect, Output, TarEntry, TarKind, Time, Writer, WriterOptions};
+use shipway_archive::TarReader;
+use shipway_estargz::{Dialect, Output, TarEntry, Writer, WriterOptions};
 use shipway_testkit::{BaseImage, Layer};
 use std::{
     cell::RefCell,
@@ -19,25 +19,6 @@ impl<R: Read> Read for Recorder<R> {
         self.1.borrow_mut().extend_from_slice(&buf[..n]);
         Ok(n)
     }
-}
-
-fn entry(member: &Member) -> TarEntry {
-    let kind = match &member.kind {
-        MemberKind::File => TarKind::File(member.size),
-        MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),
-        MemberKind::Symlink(target) => TarKind::Symlink(target.clone()),
-        MemberKind::CharDevice(major, minor) => TarKind::CharDevice(*major, *minor),
-        MemberKind::BlockDevice(major, minor) => TarKind::BlockDevice(*major, *minor),
-        MemberKind::Directory => TarKind::Directory,
-        MemberKind::Fifo => TarKind::Fifo,
-        MemberKind::Other(other) => TarKind::Other(*other),
-    };
-    let mtime = Time {
-        seconds: member.mtime.div_euclid(1_000_000_000),
-        nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
-    };
-    let Member { path, mode, uid, gid, xattrs, .. } = member.clone();
-    TarEntry { path, kind, mode, uid, gid, mtime, xattrs }
 }
 
 /// The tar of a layer.
@@ -69,7 +50,7 @@ pub fn lazy_layer(layer: &Layer, output: Output) -> Layer {
     let mut reader = TarReader::new(&mut recorder);
     let mut buffer = vec![0; 64 << 10];
     while let Some(member) = reader.next_member().unwrap() {
-        writer.entry(&entry(&member), &seen.take()).unwrap();
+        writer.entry(&TarEntry::from(&member), &seen.take()).unwrap();
         while let Some(piece) = reader.piece(&mut buffer).unwrap() {
             writer.data(&buffer[..piece.len]).unwrap();
             seen.take();

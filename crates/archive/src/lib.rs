@@ -34,6 +34,7 @@ mod retime;
 mod stat;
 mod tar;
 mod tree;
+pub mod ustar;
 
 pub use self::tar::{Member, MemberKind, Piece, TarReader};
 pub use compression::{Compression, CompressionKind};

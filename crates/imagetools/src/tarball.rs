@@ -5,6 +5,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
+use shipway_archive::ustar::{BLOCK, header};
 use shipway_convert::{Progress, Source, Step, Target};
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, Platform, gojson, media};
@@ -18,7 +19,6 @@ use tokio::{
     sync::Mutex,
 };
 
-const BLOCK: usize = 512;
 /// Compressed bytes that are written at once.
 const PIECE: usize = 256 << 10;
 /// Annotations of `index.json` that name an image: containerd's, in full, and OCI's, the tag.
@@ -49,30 +49,6 @@ impl std::str::FromStr for ArchiveKind {
                 .hint("it is docker, oci or oci-gzip")),
         }
     }
-}
-
-/// The header of an entry: plain ustar, which is all that an archive of images needs.
-fn header(name: &str, size: u64, kind: u8, mode: u32) -> [u8; BLOCK] {
-    let mut h = [0u8; BLOCK];
-    let mut put = |at: usize, text: &[u8]| h[at..at + text.len()].copy_from_slice(text);
-    put(0, &name.as_bytes()[..name.len().min(100)]);
-    put(100, format!("{mode:07o}").as_bytes());
-    put(108, b"0000000");
-    put(116, b"0000000");
-    // Sizes beyond octal's eleven digits are binary, as GNU tar and Go have it.
-    if size < 1 << 33 {
-        put(124, format!("{size:011o}").as_bytes());
-    } else {
-        put(124, &[0x80]);
-        put(128, &size.to_be_bytes());
-    }
-    put(136, b"00000000000");
-    put(148, b"        ");
-    put(156, &[kind]);
-    put(257, b"ustar\x0000");
-    let sum: u32 = h.iter().map(|b| u32::from(*b)).sum();
-    h[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    h
 }
 
 fn blob_path(digest: Digest) -> String {
@@ -311,20 +287,5 @@ impl Target for Image {
     async fn finish(&self, root: &Descriptor) -> Result<()> {
         self.written.lock().await.images.push((self.name.clone(), root.clone()));
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_have_a_right_checksum() {
-        let h = header("blobs/sha256/x", 1 << 20, b'0', 0o644);
-        let mut blank = h;
-        blank[148..156].fill(b' ');
-        let sum: u32 = blank.iter().map(|b| u32::from(*b)).sum();
-        assert_eq!(u32::from_str_radix(std::str::from_utf8(&h[148..154]).unwrap(), 8), Ok(sum));
-        assert_eq!(&header("big", 1 << 40, b'0', 0)[124], &0x80);
     }
 }

@@ -2,8 +2,8 @@
 //! table of contents says.
 
 use crate::{Chunk, ChunkId, Error, Good, Layer, Result, State, layer::Open};
-use shipway_archive::{Member, MemberKind, TarReader};
-use shipway_estargz::{Comparison, Frames, Kind, MAX_TOC, TarEntry, TarKind, Time, Toc};
+use shipway_archive::TarReader;
+use shipway_estargz::{Comparison, Frames, Kind, MAX_TOC, TarEntry, Toc};
 use shipway_oci::{Digest, Hasher};
 use std::{
     io::{self, BufReader, Read},
@@ -90,7 +90,7 @@ impl Layer {
         let mut comparison = Comparison::new(toc, self.codec());
         let mut buffer = vec![0; BUFFER];
         while let Some(member) = tar.next_member()? {
-            let known = comparison.entry(&entry(&member));
+            let known = comparison.entry(&TarEntry::from(&member));
             // The table of contents itself; everything else that is not known is a difference.
             if known.is_none() && comparison.difference().is_none() && member.size > MAX_TOC {
                 let difference = "its table of contents is too long".to_owned();
@@ -264,32 +264,5 @@ impl<R: Read> Read for Blob<R> {
             Err(e) => self.has_failed |= e.kind() != io::ErrorKind::Interrupted,
         }
         read
-    }
-}
-
-/// A member in the words of tables of contents.
-pub(crate) fn entry(member: &Member) -> TarEntry {
-    let kind = match &member.kind {
-        MemberKind::File => TarKind::File(member.size),
-        MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),
-        MemberKind::Symlink(target) => TarKind::Symlink(target.clone()),
-        MemberKind::CharDevice(major, minor) => TarKind::CharDevice(*major, *minor),
-        MemberKind::BlockDevice(major, minor) => TarKind::BlockDevice(*major, *minor),
-        MemberKind::Directory => TarKind::Directory,
-        MemberKind::Fifo => TarKind::Fifo,
-        MemberKind::Other(other) => TarKind::Other(*other),
-    };
-    let mtime = Time {
-        seconds: member.mtime.div_euclid(1_000_000_000),
-        nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
-    };
-    TarEntry {
-        path: member.path.clone(),
-        kind,
-        mode: member.mode,
-        uid: member.uid,
-        gid: member.gid,
-        mtime,
-        xattrs: member.xattrs.clone(),
     }
 }

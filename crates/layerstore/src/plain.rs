@@ -2,12 +2,11 @@
 //! where it can be decompressed from (crate `plainlayer`) in a file of their own.
 
 use crate::{
-    Chunk, Description, Error, Good, Layer, LayerKey, LayerStore, Result,
-    finish::{Blob, entry},
+    Chunk, Description, Error, Good, Layer, LayerKey, LayerStore, Result, finish::Blob,
     spans::damaged,
 };
 use shipway_archive::TarReader;
-use shipway_estargz::{Codec, Toc};
+use shipway_estargz::{Codec, TarEntry, Toc};
 use shipway_oci::Digest;
 use shipway_plainlayer::{Maker, SPAN, Scan, Scanner};
 use std::{
@@ -64,7 +63,7 @@ impl Plain {
         let mut tar = TarReader::new(scanner);
         let mut buffer = vec![0; BUFFER];
         while let Some(member) = tar.next_member()? {
-            maker.entry(&entry(&member))?;
+            maker.entry(&TarEntry::from(&member))?;
             let mut at = 0;
             while let Some(piece) = tar.piece(&mut buffer)? {
                 if piece.offset != at {

@@ -5,6 +5,7 @@ use super::{
     broken, pax,
     sparse::{self, Extent},
 };
+use shipway_estargz::{TarEntry, TarKind, Time};
 use std::{
     collections::VecDeque,
     io::{self, ErrorKind, Read},
@@ -54,6 +55,27 @@ pub struct Member {
     pub mtime: i64,
     /// Extended attributes by name.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl From<&Member> for TarEntry {
+    fn from(member: &Member) -> Self {
+        let kind = match &member.kind {
+            MemberKind::File => TarKind::File(member.size),
+            MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),
+            MemberKind::Symlink(target) => TarKind::Symlink(target.clone()),
+            MemberKind::CharDevice(major, minor) => TarKind::CharDevice(*major, *minor),
+            MemberKind::BlockDevice(major, minor) => TarKind::BlockDevice(*major, *minor),
+            MemberKind::Directory => TarKind::Directory,
+            MemberKind::Fifo => TarKind::Fifo,
+            MemberKind::Other(other) => TarKind::Other(*other),
+        };
+        let mtime = Time {
+            seconds: member.mtime.div_euclid(1_000_000_000),
+            nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
+        };
+        let Member { path, mode, uid, gid, xattrs, .. } = member.clone();
+        Self { path, kind, mode, uid, gid, mtime, xattrs }
+    }
 }
 
 /// A piece of a file's contents, which is in the buffer that was given. What is in no piece is

@@ -3,10 +3,10 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
-use shipway_archive::{Member, MemberKind, TarReader};
+use shipway_archive::TarReader;
 use shipway_estargz::{
     Annotated, Codec, Comparison, Difference, Expected, Frames, Kind, Layout, Output, Result, Tail,
-    TarEntry, TarKind, Time, Toc, Writer, WriterOptions, Written,
+    TarEntry, Toc, Writer, WriterOptions, Written,
 };
 use shipway_oci::Digest;
 use std::{
@@ -146,7 +146,7 @@ pub fn each(
     let mut reader = TarReader::new(&mut recorder);
     let mut buffer = vec![0; 10_000];
     while let Some(member) = reader.next_member()? {
-        entry(&convert(&member), &seen.take());
+        entry(&TarEntry::from(&member), &seen.take());
         while let Some(piece) = reader.piece(&mut buffer)? {
             data(&buffer[..piece.len]);
             seen.take();
@@ -154,25 +154,6 @@ pub fn each(
     }
     recorder.read_to_end(&mut Vec::new())?;
     Ok(seen.take())
-}
-
-fn convert(member: &Member) -> TarEntry {
-    let kind = match &member.kind {
-        MemberKind::File => TarKind::File(member.size),
-        MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),
-        MemberKind::Symlink(target) => TarKind::Symlink(target.clone()),
-        MemberKind::CharDevice(major, minor) => TarKind::CharDevice(*major, *minor),
-        MemberKind::BlockDevice(major, minor) => TarKind::BlockDevice(*major, *minor),
-        MemberKind::Directory => TarKind::Directory,
-        MemberKind::Fifo => TarKind::Fifo,
-        MemberKind::Other(other) => TarKind::Other(*other),
-    };
-    let mtime = Time {
-        seconds: member.mtime.div_euclid(1_000_000_000),
-        nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
-    };
-    let Member { path, mode, uid, gid, xattrs, .. } = member.clone();
-    TarEntry { path, kind, mode, uid, gid, mtime, xattrs }
 }
 
 /// Writes `tar` as a layer, without change to its bytes.

@@ -9,8 +9,8 @@ use miniz_oxide::deflate::{
         deflate_flags::TDEFL_FORCE_ALL_STATIC_BLOCKS,
     },
 };
-use shipway_archive::{Member, MemberKind, TarReader};
-use shipway_estargz::{Codec, TarEntry, TarKind, Time, Toc};
+use shipway_archive::TarReader;
+use shipway_estargz::{Codec, TarEntry, Toc};
 use shipway_oci::Digest;
 use shipway_plainlayer::{Error, HEADER, Maker, Scan, Scanner, Spans};
 use std::io::{Read as _, Write as _};
@@ -143,25 +143,6 @@ pub fn read(spans: &Spans, n: usize, file: &[u8], blob: &[u8]) -> Result<Vec<u8>
     Ok(out)
 }
 
-fn entry(member: &Member) -> TarEntry {
-    let kind = match &member.kind {
-        MemberKind::File => TarKind::File(member.size),
-        MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),
-        MemberKind::Symlink(target) => TarKind::Symlink(target.clone()),
-        MemberKind::CharDevice(major, minor) => TarKind::CharDevice(*major, *minor),
-        MemberKind::BlockDevice(major, minor) => TarKind::BlockDevice(*major, *minor),
-        MemberKind::Directory => TarKind::Directory,
-        MemberKind::Fifo => TarKind::Fifo,
-        MemberKind::Other(other) => TarKind::Other(*other),
-    };
-    let mtime = Time {
-        seconds: member.mtime.div_euclid(1_000_000_000),
-        nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
-    };
-    let Member { path, mode, uid, gid, xattrs, .. } = member.clone();
-    TarEntry { path, kind, mode, uid, gid, mtime, xattrs }
-}
-
 /// Spans and table of contents of a blob.
 pub fn make(codec: Codec, blob: &[u8], length: u64) -> Result<(Scan, Toc), Error> {
     let mut scanner = Scanner::new(codec, blob)?.spans_of(length);
@@ -169,7 +150,7 @@ pub fn make(codec: Codec, blob: &[u8], length: u64) -> Result<(Scan, Toc), Error
     let mut tar = TarReader::new(&mut scanner);
     let mut buffer = vec![0; 10_000];
     while let Some(member) = tar.next_member()? {
-        maker.entry(&entry(&member))?;
+        maker.entry(&TarEntry::from(&member))?;
         while let Some(piece) = tar.piece(&mut buffer)? {
             maker.data(&buffer[..piece.len])?;
         }
