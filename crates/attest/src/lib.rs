@@ -22,7 +22,7 @@ pub use capture::{
     Stored,
 };
 pub use intoto::{DigestSet, SPDX, STATEMENT, Statement, Subject, digest_set, slsa};
-pub use options::{AttestOptions, Mode, ProvenanceOptions, SbomOptions, Version};
+pub use options::{AttestOptions, ProvenanceMode, ProvenanceOptions, SbomOptions, SlsaVersion};
 pub use predicate::{
     BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo,
 };

@@ -11,7 +11,7 @@ const SCANNER: &str = "docker/buildkit-syft-scanner:stable-1";
 
 /// How much provenance says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub enum ProvenanceMode {
     /// What went in, without arguments, secrets and steps.
     Min,
     /// Everything.
@@ -19,10 +19,10 @@ pub enum Mode {
     Max,
 }
 
-/// Version of the SLSA predicate.
+/// SlsaVersion of the SLSA predicate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Version {
+pub enum SlsaVersion {
     #[default]
     V1,
     V02,
@@ -32,9 +32,9 @@ pub enum Version {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProvenanceOptions {
     /// How much it says.
-    pub mode: Mode,
+    pub mode: ProvenanceMode,
     /// In which form.
-    pub version: Version,
+    pub version: SlsaVersion,
     /// Who built.
     pub builder_id: String,
     /// Whether the client claims that the build is reproducible.
@@ -127,8 +127,8 @@ impl ProvenanceOptions {
             }),
         };
         let mode = match attrs.get("mode").map(String::as_str) {
-            None | Some("max" | "full") => Mode::Max,
-            Some("min") => Mode::Min,
+            None | Some("max" | "full") => ProvenanceMode::Max,
+            Some("min") => ProvenanceMode::Min,
             Some(other) => {
                 return Err(
                     Fault::invalid(format!("invalid mode {other:?}")).hint("it is min or max")
@@ -136,8 +136,8 @@ impl ProvenanceOptions {
             }
         };
         let version = match attrs.get("version").map(String::as_str) {
-            None | Some("v1") => Version::V1,
-            Some("v0.2") => Version::V02,
+            None | Some("v1") => SlsaVersion::V1,
+            Some("v0.2") => SlsaVersion::V02,
             Some("") => return Err(Fault::invalid("provenance SLSA version cannot be empty")),
             Some(other) => {
                 return Err(Fault::invalid(format!("invalid provenance SLSA version: {other}"))
@@ -190,7 +190,10 @@ mod tests {
         let none = parse(&[("filename", "x")]).unwrap();
         assert_eq!(none, AttestOptions::default());
         let p = parse(&[("attest:provenance", "")]).unwrap().provenance.unwrap();
-        assert_eq!((p.mode, p.version, p.file()), (Mode::Max, Version::V1, "provenance.json"));
+        assert_eq!(
+            (p.mode, p.version, p.file()),
+            (ProvenanceMode::Max, SlsaVersion::V1, "provenance.json")
+        );
         let p = parse(&[(
             "attest:provenance",
             "mode=min,version=v0.2,\"builder-id=a,b\",inline-only=true",
@@ -200,7 +203,7 @@ mod tests {
         .unwrap();
         assert_eq!(
             (p.mode, p.version, p.builder_id.as_str(), p.inline_only),
-            (Mode::Min, Version::V02, "a,b", true)
+            (ProvenanceMode::Min, SlsaVersion::V02, "a,b", true)
         );
         assert!(parse(&[("attest:provenance", "disabled=true")]).unwrap().provenance.is_none());
         let s = parse(&[("build-arg:BUILDKIT_ATTEST_SBOM", "generator=x/y,EXTRA=1")])

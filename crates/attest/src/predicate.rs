@@ -2,7 +2,7 @@
 //! view of it.
 
 use crate::{
-    BlobSource, Capture, ImageSource, MissingFetch, Mode, ProvenanceOptions, Version,
+    BlobSource, Capture, ImageSource, MissingFetch, ProvenanceMode, ProvenanceOptions, SlsaVersion,
     intoto::{DigestSet, digest_set, slsa},
     purl::{PurlKind, blob_purl, image_purl},
     request::{ConfigSource, GitAddress, Parameters, RequestProvenance, commit},
@@ -93,7 +93,7 @@ pub struct Metadata {
 /// Who builds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Builder {
-    /// Version of the Dockerfile frontend.
+    /// SlsaVersion of the Dockerfile frontend.
     pub dockerfile: String,
     /// What the operator adds (row `at.prov.env`).
     pub environment: Map<String, Value>,
@@ -102,7 +102,7 @@ pub struct Builder {
 /// The predicate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Predicate {
-    version: Version,
+    version: SlsaVersion,
     builder_id: String,
     config_source: ConfigSource,
     request: Parameters,
@@ -225,7 +225,7 @@ impl Predicate {
                 .collect(),
             ..Metadata::default()
         };
-        if options.mode == Mode::Min && asked.scrub() {
+        if options.mode == ProvenanceMode::Min && asked.scrub() {
             metadata.complete_request = false;
         }
         Ok(Self {
@@ -243,16 +243,16 @@ impl Predicate {
     /// Predicate type.
     pub fn kind(&self) -> &'static str {
         match self.version {
-            Version::V1 => slsa::V1,
-            Version::V02 => slsa::V02,
+            SlsaVersion::V1 => slsa::V1,
+            SlsaVersion::V02 => slsa::V02,
         }
     }
 
     /// The predicate as JSON.
     pub fn json(&self) -> Value {
         match self.version {
-            Version::V1 => self.v1(),
-            Version::V02 => self.v02(),
+            SlsaVersion::V1 => self.v1(),
+            SlsaVersion::V02 => self.v02(),
         }
     }
 
@@ -298,7 +298,7 @@ impl Predicate {
     /// What the builder knows by itself.
     fn environment(&self, platform_key: &str) -> Map<String, Value> {
         let mut out = Map::new();
-        if let Some(steps) = self.steps.as_ref().filter(|_| self.version == Version::V1) {
+        if let Some(steps) = self.steps.as_ref().filter(|_| self.version == SlsaVersion::V1) {
             out.insert("buildConfig".into(), json!(steps));
         }
         out.insert(platform_key.into(), json!(Platform::host().to_string()));
@@ -469,10 +469,12 @@ mod tests {
             local.unwrap().json()["runDetails"]["metadata"]["buildkit_metadata"]["localImages"],
             json!({ "pkg:docker/busybox@latest": "built here at 1970-01-01T00:00:00Z" })
         );
-        let v02 =
-            predicate(&ProvenanceOptions { version: Version::V02, ..Default::default() }, |_| {})
-                .unwrap()
-                .json();
+        let v02 = predicate(
+            &ProvenanceOptions { version: SlsaVersion::V02, ..Default::default() },
+            |_| {},
+        )
+        .unwrap()
+        .json();
         assert_eq!(
             (&v02["invocation"]["configSource"]["entryPoint"], &v02["materials"][0]["uri"]),
             (&json!("F"), &json!("pkg:docker/busybox@latest"))
@@ -483,9 +485,12 @@ mod tests {
 
     #[test]
     fn little_is_told_in_mode_min_and_says_so() {
-        let min = predicate(&ProvenanceOptions { mode: Mode::Min, ..Default::default() }, |_| {})
-            .unwrap()
-            .json();
+        let min = predicate(
+            &ProvenanceOptions { mode: ProvenanceMode::Min, ..Default::default() },
+            |_| {},
+        )
+        .unwrap()
+        .json();
         let request = &min["buildDefinition"]["externalParameters"]["request"];
         assert_eq!((&request["args"], &request["secrets"]), (&Value::Null, &Value::Null));
         assert_eq!(min["runDetails"]["metadata"]["buildkit_completeness"]["request"], false);

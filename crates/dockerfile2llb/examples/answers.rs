@@ -19,7 +19,8 @@ use serde_json::{Map, Value, json, value::RawValue};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
 use shipway_frontend::{
-    Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning,
+    Bridge, Frontend, FrontendOptions, FrontendResult, SolveRequest, SourceMeta, SourceRequest,
+    Warning,
 };
 use shipway_llb::{Definition, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
@@ -32,7 +33,7 @@ struct Case {
     name: String,
     files: BTreeMap<String, String>,
     #[serde(default)]
-    opts: Options,
+    opts: FrontendOptions,
 }
 
 #[derive(serde::Deserialize)]
@@ -131,14 +132,14 @@ struct Heard {
 }
 
 struct Scene {
-    options: Options,
+    options: FrontendOptions,
     files: Arc<BTreeMap<String, String>>,
     images: Arc<Images>,
     heard: Mutex<Heard>,
 }
 
 impl Bridge for Scene {
-    fn options(&self) -> &Options {
+    fn options(&self) -> &FrontendOptions {
         &self.options
     }
 

@@ -4,7 +4,7 @@
 use crate::{
     build_context::BuildContext,
     epoch,
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     outline::ArgInfo,
     platform::Platforms,
     stage::Vars,
@@ -101,7 +101,7 @@ fn declare(
                 (None, Some(default)) => {
                     let expanded = lex
                         .word(default, &Vars(&env))
-                        .map_err(|e| Failure::from(e).at(instruction.lines))?;
+                        .map_err(|e| ConvertError::from(e).at(instruction.lines))?;
                     info.deps = expanded.matched;
                     // An argument made of itself is made of what it was made of before.
                     if info.deps.remove(&pair.name)
@@ -144,9 +144,9 @@ pub fn expand_from(
     linter: &mut Linter,
 ) -> Result<Expanded> {
     let expanded = expand(lex, &stage.base, stage, globals, linter)
-        .map_err(|e| Failure::from(e).at(stage.lines))?;
+        .map_err(|e| ConvertError::from(e).at(stage.lines))?;
     if expanded.text.is_empty() {
-        return Err(Failure::new(format!("base name ({}) should not be blank", stage.base))
+        return Err(ConvertError::new(format!("base name ({}) should not be blank", stage.base))
             .at(stage.lines)
             .about(Token::Word(0)));
     }
@@ -165,11 +165,11 @@ pub fn expand_platform(
         return Ok((None, BTreeSet::new()));
     }
     let expanded = expand(lex, written, stage, globals, linter).map_err(|e| {
-        Failure::from(e).context("failed to process arguments for platform ").at(stage.lines)
+        ConvertError::from(e).context("failed to process arguments for platform ").at(stage.lines)
     })?;
     lint_platform(&expanded, stage, globals, linter);
     let flag = || Token::Flag("--platform".into());
-    let near = |failure: Failure| match expanded
+    let near = |failure: ConvertError| match expanded
         .unmatched
         .iter()
         .find(|n| suggest(n, globals.env.names(), true).is_some())
@@ -179,7 +179,7 @@ pub fn expand_platform(
     };
     if expanded.text.is_empty() {
         return Err(near(
-            Failure::new(format!("empty platform value from expression {written}"))
+            ConvertError::new(format!("empty platform value from expression {written}"))
                 .at(stage.lines)
                 .about(flag()),
         ));
@@ -187,7 +187,7 @@ pub fn expand_platform(
     match expanded.text.parse() {
         Ok(platform) => Ok((Some(platform), expanded.matched)),
         Err(e) => {
-            let failure = Failure::new(format!("failed to parse platform {written}: {e}"))
+            let failure = ConvertError::new(format!("failed to parse platform {written}: {e}"))
                 .at(stage.lines)
                 .at(stage.lines);
             Err(near(failure.about(flag()).hint("write <os>/<architecture>, such as linux/arm64")))

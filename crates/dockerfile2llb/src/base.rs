@@ -1,7 +1,7 @@
 //! Bases of stages: named contexts, images with their configs, nothing at all (row `dfr.basemeta`).
 
 use crate::{
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     named::{Loaded, NamedContext, parse_config},
     plan::Plan,
     platform,
@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 const COMMON: [&str; 7] = ["alpine", "busybox", "centos", "debian", "golang", "ubuntu", "fedora"];
 
 /// What a stage's base turned out to be.
-enum Found {
+enum ResolvedBase {
     /// The stage itself is replaced.
     Stage(Loaded),
     /// Its base image is.
@@ -63,28 +63,28 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
             Err(failure) => failures.push(failure),
         }
     }
-    Failure::all(failures)
+    ConvertError::all(failures)
 }
 
-async fn find(plan: &Plan<'_>, stage: &Stage, written: &str, needed: bool) -> Result<Found> {
+async fn find(plan: &Plan<'_>, stage: &Stage, written: &str, needed: bool) -> Result<ResolvedBase> {
     let cx = plan.cx;
     let name: ImageName = written.parse().map_err(|e: NameError| {
         let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", quote(written)));
-        Failure::from(fault.hint(format!(
+        ConvertError::from(fault.hint(format!(
             "{} is neither a stage above nor a valid image name: {}",
             quote(written),
             e.why
         )))
     })?;
     if !needed {
-        return Ok(Found::Unneeded);
+        return Ok(ResolvedBase::Unneeded);
     }
     if let Base::Context { named, .. } = &stage.base {
-        return Ok(Found::Stage(named.load(cx).await?));
+        return Ok(ResolvedBase::Stage(named.load(cx).await?));
     }
     let wanted = stage.platform.clone().unwrap_or_else(|| plan.platforms.target.clone());
     if let Some(named) = NamedContext::find(cx, &name.to_string(), Some(&wanted))? {
-        return Ok(Found::Image(named.load(cx).await?, wanted));
+        return Ok(ResolvedBase::Image(named.load(cx).await?, wanted));
     }
     let shown = if cx.options.multi_platform {
         format!("{} ", platform::full(&wanted))
@@ -102,34 +102,33 @@ async fn find(plan: &Plan<'_>, stage: &Stage, written: &str, needed: bool) -> Re
                 .chain(COMMON.into_iter().map(|c| format!("{c}:latest")));
             let options: Vec<String> =
                 plan.shown_names().into_iter().map(String::from).chain(common).collect();
-            Failure::from(e)
+            ConvertError::from(e)
                 .context(written.to_owned())
                 .suggest(written, options.iter().map(String::as_str))
         })?;
     let config = parse_config(&resolved)?;
-    let pinned: ImageName = resolved
-        .name
-        .parse()
-        .map_err(|e| Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name))))?;
+    let pinned: ImageName = resolved.name.parse().map_err(|e| {
+        ConvertError::new(format!("failed to parse ref {}: {e}", quote(&resolved.name)))
+    })?;
     let platform = match stage.platform {
         None if plan.platforms.implicit => {
             platform::detect(&config, &wanted, &plan.platforms.build)
         }
         _ => wanted,
     };
-    Ok(Found::Resolved {
+    Ok(ResolvedBase::Resolved {
         pinned: pinned.with_digest(resolved.digest),
         config: Box::new(config),
         platform,
     })
 }
 
-fn apply(plan: &mut Plan<'_>, i: usize, written: &str, found: Found, linter: &mut Linter) {
+fn apply(plan: &mut Plan<'_>, i: usize, written: &str, found: ResolvedBase, linter: &mut Linter) {
     let multi = plan.cx.options.multi_platform;
     let stage = &mut plan.stages[i];
     match found {
-        Found::Unneeded => {}
-        Found::Stage(Loaded { state, image, pending }) => {
+        ResolvedBase::Unneeded => {}
+        ResolvedBase::Stage(Loaded { state, image, pending }) => {
             let mut platform = stage.platform.clone();
             let mut image = image.unwrap_or_default();
             image.created = None;
@@ -140,7 +139,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, written: &str, found: Found, linter: &mu
             stage.phase = Phase::Converted(ConvertedStage::without_steps(i, rootfs));
             plan.pending.extend(pending.map(|p| (i, p)));
         }
-        Found::Image(Loaded { state, image, pending }, platform) => {
+        ResolvedBase::Image(Loaded { state, image, pending }, platform) => {
             let base_image = image.unwrap_or_else(|| empty_image(&platform));
             let image = ImageConfig { created: None, ..base_image.clone() };
             let state = state.with_platform(platform.clone());
@@ -148,7 +147,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, written: &str, found: Found, linter: &mu
             stage.resolved(i, Rootfs { state, image, base_image, platform: Some(platform) });
             plan.pending.extend(pending.map(|p| (i, p)));
         }
-        Found::Resolved { pinned, config, platform } => {
+        ResolvedBase::Resolved { pinned, config, platform } => {
             // Old manifests name no layers; their history still does.
             let empty =
                 config.rootfs.diff_ids.is_empty() && config.history.iter().all(|h| h.empty_layer);

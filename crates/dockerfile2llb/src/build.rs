@@ -3,8 +3,8 @@
 use crate::{
     build_context::{BuildContext, CONTEXT},
     convert::{Converted, convert},
+    error::ConvertError,
     explain::Explainer,
-    failure::Failure,
     named::NamedContext,
     options::check_caps,
     plan::Scope,
@@ -85,7 +85,7 @@ async fn forward(
             return fault;
         }
         match lines {
-            Some(lines) => cx.fault(Failure::from(fault).at(lines)),
+            Some(lines) => cx.fault(ConvertError::from(fault).at(lines)),
             None => fault.context(format!("failed with build-arg:BUILDKIT_SYNTAX = {cmdline}")),
         }
     })

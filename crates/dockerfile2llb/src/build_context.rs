@@ -3,7 +3,7 @@
 //! so nothing is asked twice.
 
 use crate::{
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     options::BuildOptions,
     text,
 };
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use shipway_dockerfile::{Source, Work};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
-use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
+use shipway_frontend::{Bridge, BuildRef, FrontendOptions, SolveRequest, SourceRequest};
 use shipway_gocompat::{parse_bool, path};
 use shipway_llb::{
     Caps, FileCopy, FileDraft, GitRef, ImageFacts, MarshalOptions, ResolveOptions, State,
@@ -37,7 +37,7 @@ pub struct BuildContext {
     pub work: Work,
     pub bridge: Arc<dyn Bridge>,
     pub options: BuildOptions,
-    pub raw: Options,
+    pub raw: FrontendOptions,
     /// What the daemon's operations can.
     pub caps: Caps,
     /// The Dockerfile.
@@ -48,13 +48,13 @@ pub struct BuildContext {
     context: Option<State>,
     ignore_of_file: Option<Vec<u8>>,
     ignore: OnceCell<IgnoreFile>,
-    images: Mutex<HashMap<String, Arc<Answer>>>,
+    images: Mutex<HashMap<String, Arc<Resolution>>>,
     /// The Dockerfile as text, if places are reported with columns.
     text: Option<String>,
 }
 
 /// What asking for an image gave; also a refusal is asked for once only.
-type Answer = OnceCell<Result<Found, Fault>>;
+type Resolution = OnceCell<Result<ResolvedName, Fault>>;
 
 /// Where the main context and the Dockerfile come from.
 struct Origin {
@@ -98,7 +98,7 @@ pub async fn solve(
 
 /// What an image's name led to.
 #[derive(Clone, Debug)]
-pub enum Found {
+pub enum ResolvedName {
     Image(ImageFacts),
     /// Another kind of source, by its identifier.
     Other(String),
@@ -155,7 +155,7 @@ impl BuildContext {
     }
 
     /// The fault with the lines of the Dockerfile to draw.
-    pub fn fault(&self, failure: Failure) -> Fault {
+    pub fn fault(&self, failure: ConvertError) -> Fault {
         failure.into_fault(&self.file, self.source().as_ref())
     }
 
@@ -260,8 +260,8 @@ impl BuildContext {
         log_name: String,
     ) -> Result<ImageFacts, Fault> {
         match self.image_or_other(identifier.clone(), attrs, platform, log_name).await? {
-            Found::Image(image) => Ok(image),
-            Found::Other(_) => {
+            ResolvedName::Image(image) => Ok(image),
+            ResolvedName::Other(_) => {
                 Err(Fault::internal(format!("resolving {identifier} gave no image")))
             }
         }
@@ -275,7 +275,7 @@ impl BuildContext {
         attrs: BTreeMap<String, String>,
         platform: &Platform,
         log_name: String,
-    ) -> Result<Found, Fault> {
+    ) -> Result<ResolvedName, Fault> {
         let key = format!("{identifier}\n{platform}\n{}\n{log_name}", platform.os_version);
         let cell = self.images.lock().entry(key).or_default().clone();
         let ask = || async {
@@ -289,7 +289,10 @@ impl BuildContext {
                 ..SourceRequest::default()
             };
             let meta = self.bridge.resolve_source(request).await?;
-            Ok(meta.facts.image.map_or(Found::Other(meta.source.identifier), Found::Image))
+            Ok(meta
+                .facts
+                .image
+                .map_or(ResolvedName::Other(meta.source.identifier), ResolvedName::Image))
         };
         cell.get_or_init(ask).await.clone()
     }
@@ -308,7 +311,7 @@ pub fn parse_ignore(data: &[u8], name: &str) -> Result<IgnoreFile> {
 }
 
 impl Origin {
-    async fn find(bridge: &dyn Bridge, raw: &Options) -> Result<Self> {
+    async fn find(bridge: &dyn Bridge, raw: &FrontendOptions) -> Result<Self> {
         let get = |key: &str| raw.get(key).cloned();
         let forced = get("dockerfilekey");
         let mut origin = Self {
@@ -338,7 +341,7 @@ impl Origin {
             let input = |name: &str| inputs.get(name).map(State::from_definition).transpose();
             // Nothing is a context that one can build from; a Dockerfile it is not.
             if inputs.get(&origin.dockerfile_name).is_some_and(|d| d.ops.is_empty()) {
-                return Err(Failure::new("invalid nil input definition to definition op"));
+                return Err(ConvertError::new("invalid nil input definition to definition op"));
             }
             origin.dockerfile = input(&origin.dockerfile_name)?;
             origin.context = input(CONTEXT)?;
@@ -436,7 +439,7 @@ impl Entry {
         };
         let data = data.map_err(|e| missing(e, name))?;
         if data.len() as u64 > MAX_FILE {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "the Dockerfile {name} is larger than {MAX_FILE} bytes"
             )));
         }
@@ -452,7 +455,7 @@ impl Entry {
     }
 }
 
-fn missing(error: Fault, name: &str) -> Failure {
+fn missing(error: Fault, name: &str) -> ConvertError {
     let found = error.is_not_found();
     let fault = error.context("failed to read dockerfile");
     match found {

@@ -4,8 +4,8 @@ use crate::{
     args::Globals,
     base,
     build_context::BuildContext,
+    error::{ConvertError, Result},
     explain::ContextUse,
-    failure::{Failure, Result},
     instruct::StageContext,
     outline,
     plan::{Plan, Scope},
@@ -60,7 +60,7 @@ pub async fn convert(
     linter: &mut Linter,
 ) -> Result<Converted> {
     if file.stages.is_empty() {
-        return Err(Failure::new("dockerfile contains no stages to build"));
+        return Err(ConvertError::new("dockerfile contains no stages to build"));
     }
     let platforms = Platforms::new(platform, cx.build_platform());
     let globals = Globals::read(cx, file, &platforms, linter).await?;
@@ -102,7 +102,7 @@ impl Plan<'_> {
         let mut more = false;
         for trigger in triggers {
             let instruction = df::parse_trigger(&trigger, lines)
-                .map_err(|e| Failure::from(e).only_at(lines).of_trigger())?;
+                .map_err(|e| ConvertError::from(e).only_at(lines).of_trigger())?;
             let step = self.step(instruction, true).map_err(|e| e.only_at(lines).of_trigger())?;
             more |= !step.sources.is_empty();
             self.depend(i, &step);
@@ -151,7 +151,8 @@ impl Plan<'_> {
             _ => None,
         };
         opened.ok_or_else(|| {
-            Failure::from(Fault::internal("a stage is converted before its base")).at(stage.lines)
+            ConvertError::from(Fault::internal("a stage is converted before its base"))
+                .at(stage.lines)
         })
     }
 
@@ -195,7 +196,7 @@ impl Plan<'_> {
             stage.outline = mem::take(&mut open.outline);
             stage.phase = Phase::Converted(open.converted(stage.name(), &self.globals.env));
         }
-        Failure::all(failures)?;
+        ConvertError::all(failures)?;
         linter.error()?;
         // The target is read whole.
         paths[self.path_owner(target)].insert("/".into());
@@ -259,7 +260,7 @@ impl Plan<'_> {
         let outline = self.outline(target);
         let stage = &self.stages[target];
         let Some(ConvertedStage { rootfs, .. }) = stage.converted().cloned() else {
-            return Err(Failure::from(Fault::internal("the target was not converted")));
+            return Err(ConvertError::from(Fault::internal("the target was not converted")));
         };
         let mut image = rootfs.image;
         image.config.labels.extend(self.cx.options.labels.clone());

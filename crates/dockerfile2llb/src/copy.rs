@@ -3,8 +3,8 @@
 
 use crate::{
     build_context::internal,
+    error::{ConvertError, Result},
     explain::ContextUse,
-    failure::{Failure, Result},
     instruct::StageContext,
     remote::{from_http, with_flags},
     stage::{OpenStage, Step, Vars, shown_text},
@@ -47,7 +47,7 @@ impl StageContext<'_> {
             None => (self.context.clone(), None),
             Some(&source) => {
                 let Some(from) = self.plan.stages[source].converted() else {
-                    return Err(Failure::new(format!(
+                    return Err(ConvertError::new(format!(
                         "cannot copy from stage {}, it needs to be defined before current stage {}",
                         quote(&copy.from),
                         quote(&stage.titles.stage)
@@ -161,7 +161,7 @@ impl StageContext<'_> {
         }
         if path.starts_with("http://") || path.starts_with("https://") {
             let Some(add) = job.add else {
-                return Err(Failure::new("source can't be a URL for COPY").hint("write ADD"));
+                return Err(ConvertError::new("source can't be a URL for COPY").hint("write ADD"));
             };
             let options = VertexOptions::named(job.title.clone())
                 .describe("com.docker.dockerfile.v1.command", "");
@@ -231,7 +231,7 @@ impl StageContext<'_> {
 
 fn from_git(job: &Job<'_>, draft: FileDraft, git: GitRef) -> Result<FileDraft> {
     let Some(add) = job.add else {
-        return Err(Failure::new("source can't be a git ref for COPY").hint("write ADD"));
+        return Err(ConvertError::new("source can't be a git ref for COPY").hint("write ADD"));
     };
     let state = with_flags(git, add)?.state(VertexOptions::named(job.title.clone()));
     Ok(draft.copy(&state, FileCopy { src: "/".into(), ..job.base.clone() }))
@@ -242,7 +242,7 @@ fn check_checksum(checksum: &str, files: &Files) -> Result<()> {
         return Ok(());
     }
     let [source] = files.sources.as_slice() else {
-        return Err(Failure::new("checksum can't be specified for multiple sources")
+        return Err(ConvertError::new("checksum can't be specified for multiple sources")
             .about(Token::Flag("--checksum".into())));
     };
     let remote = source.starts_with("http://")
@@ -251,7 +251,7 @@ fn check_checksum(checksum: &str, files: &Files) -> Result<()> {
     if remote {
         Ok(())
     } else {
-        Err(Failure::new("checksum requires HTTP(S) or Git sources")
+        Err(ConvertError::new("checksum requires HTTP(S) or Git sources")
             .about(Token::Flag("--checksum".into())))
     }
 }
@@ -282,7 +282,7 @@ fn chmod(text: &str) -> Result<(Option<u32>, String)> {
         return Ok((None, String::new()));
     }
     let not_octal = || {
-        Failure::new(format!(
+        ConvertError::new(format!(
             "invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777"
         ))
     };
@@ -295,7 +295,8 @@ fn chmod(text: &str) -> Result<(Option<u32>, String)> {
     if is_symbolic(text) {
         Ok((None, text.to_owned()))
     } else {
-        Err(Failure::new("invalid syntax").context(format!("invalid chmod parameter: '{text}'")))
+        Err(ConvertError::new("invalid syntax")
+            .context(format!("invalid chmod parameter: '{text}'")))
     }
 }
 

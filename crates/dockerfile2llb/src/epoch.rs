@@ -6,7 +6,7 @@
 
 use crate::{
     build_context::{BuildContext, solve},
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     named::NamedContext,
     remote::{from_http, git_of_add},
     stage::{SCRATCH, Vars},
@@ -74,7 +74,7 @@ pub async fn resolve(
         .await;
     }
     let Some(stage) = file.stages.iter().find(|s| s.name.eq_ignore_ascii_case(value)) else {
-        return Err(Failure::new(format!("invalid {NAME}: {value}")));
+        return Err(ConvertError::new(format!("invalid {NAME}: {value}")));
     };
     let state = stage_source(stage, args, &Lex::new(file.escape).part_of(&cx.work))
         .map_err(|e| e.at(stage.lines))?;
@@ -86,18 +86,18 @@ fn stage_source(stage: &df::Stage, args: &Arguments<'_>, lex: &Lex) -> Result<St
     let mut env = args.globals.clone();
     env.remove(NAME);
     let base = lex.word(&stage.base, &Vars(&env)).map_err(|e| {
-        Failure::from(e)
+        ConvertError::from(e)
             .context(format!("failed to process source stage base name {}", quote(&stage.base)))
     })?;
     if base.text != SCRATCH {
-        return Err(Failure::new(format!("{NAME} stage must use FROM scratch")));
+        return Err(ConvertError::new(format!("{NAME} stage must use FROM scratch")));
     }
     let mut found = None;
     for instruction in &stage.instructions {
         match &instruction.command {
             Command::Arg(arg) => declare(arg, args.given, lex, &mut env)?,
             Command::Add(_) if found.is_some() => {
-                return Err(Failure::new(format!(
+                return Err(ConvertError::new(format!(
                     "{NAME} stage must contain exactly one remote ADD"
                 )));
             }
@@ -107,11 +107,13 @@ fn stage_source(stage: &df::Stage, args: &Arguments<'_>, lex: &Lex) -> Result<St
                 let message = format!(
                     "{NAME} stage does not meet source-only requirements: unsupported {keyword} instruction"
                 );
-                return Err(Failure::new(message));
+                return Err(ConvertError::new(message));
             }
         }
     }
-    found.ok_or_else(|| Failure::new(format!("{NAME} stage must contain exactly one remote ADD")))
+    found.ok_or_else(|| {
+        ConvertError::new(format!("{NAME} stage must contain exactly one remote ADD"))
+    })
 }
 
 fn declare(
@@ -133,7 +135,7 @@ fn declare(
 
 fn add_source(add: &df::Add, lex: &Lex, env: &EnvList) -> Result<State> {
     let ([source], []) = (add.files.sources.as_slice(), add.files.contents.as_slice()) else {
-        return Err(Failure::new(format!(
+        return Err(ConvertError::new(format!(
             "{NAME} stage must contain exactly one remote ADD source"
         )));
     };
@@ -146,7 +148,7 @@ fn add_source(add: &df::Add, lex: &Lex, env: &EnvList) -> Result<State> {
     if source.starts_with("http://") || source.starts_with("https://") {
         return Ok(from_http(&add, &source, VertexOptions::default())?.0);
     }
-    Err(Failure::new(format!("{NAME} stage source must be a single HTTP(S) or Git ADD")))
+    Err(ConvertError::new(format!("{NAME} stage source must be a single HTTP(S) or Git ADD")))
 }
 
 /// The time of the source that `state` is made of; none if there are several.
@@ -199,7 +201,7 @@ fn commit_time(object: &[u8]) -> Result<i64> {
     let committer =
         text.lines().take_while(|l| !l.is_empty()).find_map(|l| l.strip_prefix("committer "));
     let time = committer.and_then(|c| c.rsplit(' ').nth(1)).and_then(|t| t.parse().ok());
-    time.ok_or_else(|| Failure::new("the commit object names no committer with a time"))
+    time.ok_or_else(|| ConvertError::new("the commit object names no committer with a time"))
 }
 
 /// The time of the newest file in the archive at an address; none if it is not an archive.
@@ -219,7 +221,7 @@ async fn newest_file(cx: &BuildContext, source: &SourceOp) -> Result<Option<i64>
         let piece = state.read_file(name, Some((offset, PIECE))).await?;
         offset += piece.len() as u64;
         if offset > MAX_ARCHIVE {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "{NAME}: {} is larger than {MAX_ARCHIVE} bytes",
                 source.identifier
             )));

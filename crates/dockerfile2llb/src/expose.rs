@@ -1,7 +1,7 @@
 //! EXPOSE: ports, ranges and protocols (row `df.expose`).
 
 use crate::{
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     instruct::StageContext,
     stage::{OpenStage, Vars},
     text,
@@ -31,7 +31,8 @@ impl StageContext<'_> {
         let container = parts.next().unwrap_or_default();
         let (host, ip) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         let (port, protocol) = container.split_once('/').unwrap_or((container, ""));
-        let invalid = |why: &str| Failure::new(format!("invalid port: {}: {why}", quote(written)));
+        let invalid =
+            |why: &str| ConvertError::new(format!("invalid port: {}: {why}", quote(written)));
         if port.is_empty() {
             return Err(invalid("no port specified"));
         }
@@ -49,18 +50,18 @@ impl StageContext<'_> {
         }
         let bare = ip.strip_prefix('[').and_then(|i| i.strip_suffix(']')).unwrap_or(ip);
         if !bare.is_empty() && bare.parse::<IpAddr>().is_err() {
-            return Err(Failure::new(format!("invalid IP address: {bare}")));
+            return Err(ConvertError::new(format!("invalid IP address: {bare}")));
         }
-        let (first, last) =
-            range(port).ok_or_else(|| Failure::new(format!("invalid containerPort: {port}")))?;
+        let (first, last) = range(port)
+            .ok_or_else(|| ConvertError::new(format!("invalid containerPort: {port}")))?;
         if !host.is_empty() {
-            let (from, to) =
-                range(host).ok_or_else(|| Failure::new(format!("invalid hostPort: {host}")))?;
+            let (from, to) = range(host)
+                .ok_or_else(|| ConvertError::new(format!("invalid hostPort: {host}")))?;
             if last - first != to - from && first != last {
                 let message = format!(
                     "invalid ranges specified for container and host Ports: {port} and {host}"
                 );
-                return Err(Failure::new(message));
+                return Err(ConvertError::new(message));
             }
         }
         Ok((first..=last).map(|n| format!("{n}/{lower}")).collect())

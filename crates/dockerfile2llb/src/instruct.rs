@@ -2,7 +2,7 @@
 //! modules of their own.
 
 use crate::{
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     outline::ArgInfo,
     plan::{Plan, Scope},
     stage::{OpenStage, Step, Vars, set_env, shown_text},
@@ -34,7 +34,7 @@ pub struct StageContext<'a> {
     /// Whether the current instruction comes with the base image.
     pub in_trigger: bool,
     /// What is wrong with instructions, if all mistakes are wanted.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<ConvertError>,
 }
 
 impl StageContext<'_> {
@@ -163,7 +163,9 @@ impl StageContext<'_> {
             Command::Volume(volumes) => {
                 for volume in &volumes {
                     if volume.is_empty() {
-                        return Err(Failure::new("VOLUME specified can not be an empty string"));
+                        return Err(ConvertError::new(
+                            "VOLUME specified can not be an empty string",
+                        ));
                     }
                     stage.image.config.volumes.insert(volume.clone(), shipway_oci::Member);
                 }
@@ -172,7 +174,7 @@ impl StageContext<'_> {
             }
             Command::StopSignal(signal) => {
                 if !is_signal(&signal) {
-                    return Err(Failure::new(format!("invalid signal: {signal}")));
+                    return Err(ConvertError::new(format!("invalid signal: {signal}")));
                 }
                 stage.commit(format!("STOPSIGNAL {signal}"), false, epoch);
                 stage.image.config.stop_signal = signal;

@@ -1,14 +1,14 @@
 //! Named contexts: `context:<name>` options that replace stages, images and sources (rows `dfc.*`).
 
 use crate::{
-    build_context::{BuildContext, DOCKERIGNORE, Found, parse_ignore},
-    failure::{Failure, Result},
+    build_context::{BuildContext, DOCKERIGNORE, ResolvedName, parse_ignore},
+    error::{ConvertError, Result},
     text,
 };
 use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::Fault;
-use shipway_frontend::{Bridge, ContextFiles, NamedContexts, Options};
+use shipway_frontend::{Bridge, ContextFiles, FrontendOptions, NamedContexts};
 use shipway_gocompat::quote;
 use shipway_llb::{Deferred, GitRef, ImageFacts, State, VertexOptions, attr};
 use shipway_oci::{ImageConfig, ImageName, Platform};
@@ -85,8 +85,9 @@ fn with_config(mut state: State, image: &ImageConfig) -> State {
 }
 
 pub fn parse_config(image: &ImageFacts) -> Result<ImageConfig> {
-    serde_json::from_slice(&image.config)
-        .map_err(|e| Failure::new(format!("failed to parse image config: {}: {e}", image.name)))
+    serde_json::from_slice(&image.config).map_err(|e| {
+        ConvertError::new(format!("failed to parse image config: {}: {e}", image.name))
+    })
 }
 
 impl NamedContext {
@@ -102,7 +103,7 @@ impl NamedContext {
 
     /// The same among `options`.
     pub fn among(
-        options: &Options,
+        options: &FrontendOptions,
         name: &str,
         platform: Option<&Platform>,
     ) -> Result<Option<Self>> {
@@ -112,8 +113,9 @@ impl NamedContext {
         if !options.keys().any(|k| k.starts_with("context:")) {
             return Ok(None);
         }
-        let parsed: ImageName =
-            name.parse().map_err(|e| Failure::new(format!("invalid context name {name}: {e}")))?;
+        let parsed: ImageName = name
+            .parse()
+            .map_err(|e| ConvertError::new(format!("invalid context name {name}: {e}")))?;
         let familiar = parsed.familiar();
         let name = familiar.strip_suffix(":latest").unwrap_or(&familiar);
         let host = Platform::host();
@@ -135,7 +137,7 @@ impl NamedContext {
     /// Loads it (row `dfc.types`).
     pub async fn load(&self, cx: &BuildContext) -> Result<Loaded> {
         let Some((kind, rest)) = self.input.split_once(':') else {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "invalid context specifier {} for {}",
                 self.input, self.key
             )));
@@ -162,14 +164,15 @@ impl NamedContext {
                     Some(git) => Ok(Loaded::of(git.state(crate::build_context::internal(
                         &format!("load git source {}", self.input),
                     )))),
-                    None => Err(Failure::new(format!("invalid git context {}", self.input))),
+                    None => Err(ConvertError::new(format!("invalid git context {}", self.input))),
                 }
             }
             "local" => self.local(cx, rest).await,
             "input" => self.frontend_input(cx, rest).await,
-            kind => {
-                Err(Failure::new(format!("unsupported context source {kind} for {}", self.key)))
-            }
+            kind => Err(ConvertError::new(format!(
+                "unsupported context source {kind} for {}",
+                self.key
+            ))),
         }
     }
 
@@ -189,7 +192,7 @@ impl NamedContext {
         if reference == "scratch" {
             return Ok(Loaded::of(State::scratch()));
         }
-        let name: ImageName = reference.parse().map_err(|e| Failure::new(format!("{e}")))?;
+        let name: ImageName = reference.parse().map_err(|e| ConvertError::new(format!("{e}")))?;
         let log = format!("[context {}] load metadata for {reference}", self.key);
         let found = cx
             .image_or_other(
@@ -200,8 +203,8 @@ impl NamedContext {
             )
             .await?;
         let resolved = match found {
-            Found::Image(image) => image,
-            Found::Other(identifier) => {
+            ResolvedName::Image(image) => image,
+            ResolvedName::Other(identifier) => {
                 let input = identifier.replacen("://", ":", 1);
                 return Box::pin(Self { input, ..self.clone() }.load(cx)).await;
             }
@@ -209,7 +212,7 @@ impl NamedContext {
         let mut image = parse_config(&resolved)?;
         image.created = None;
         let pinned: ImageName = resolved.name.parse().map_err(|e| {
-            Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name)))
+            ConvertError::new(format!("failed to parse ref {}: {e}", quote(&resolved.name)))
         })?;
         let state = State::image(&pinned.to_string(), "", BTreeMap::new(), self.options(reference));
         Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None })
@@ -217,7 +220,7 @@ impl NamedContext {
 
     async fn oci_layout(&self, cx: &BuildContext, reference: &str) -> Result<Loaded> {
         let Some((name, digest)) = reference.split_once('@') else {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "oci-layout reference {} has no digest",
                 quote(reference)
             )));
@@ -227,7 +230,10 @@ impl NamedContext {
             _ => name,
         };
         let dummy: ImageName = format!("{}@{digest}", self.name).parse().map_err(|e| {
-            Failure::new(format!("could not parse oci-layout reference {}: {e}", quote(reference)))
+            ConvertError::new(format!(
+                "could not parse oci-layout reference {}: {e}",
+                quote(reference)
+            ))
         })?;
         let attrs = BTreeMap::from([
             (attr::OCI_SESSION.to_owned(), cx.bridge.session().to_owned()),
@@ -262,7 +268,7 @@ impl NamedContext {
     async fn frontend_input(&self, cx: &BuildContext, name: &str) -> Result<Loaded> {
         let inputs = cx.bridge.inputs().await?;
         let Some(definition) = inputs.get(name) else {
-            return Err(Failure::new(format!("invalid input {name} for {}", self.key)));
+            return Err(ConvertError::new(format!("invalid input {name} for {}", self.key)));
         };
         let state = State::from_definition(definition)?;
         let Some(metadata) = cx.raw.get(&format!("input-metadata:{name}")) else {
@@ -285,7 +291,7 @@ pub struct DockerfileContexts;
 
 #[async_trait]
 impl NamedContexts for DockerfileContexts {
-    fn find(&self, options: &Options, name: &str) -> Result<Option<String>, Fault> {
+    fn find(&self, options: &FrontendOptions, name: &str) -> Result<Option<String>, Fault> {
         let found = NamedContext::among(options, name, None).map_err(|f| f.fault)?;
         Ok(found.map(|context| context.input))
     }
@@ -307,12 +313,12 @@ impl NamedContexts for DockerfileContexts {
 /// bytes (row `dfo.inputmeta`).
 fn input_config(metadata: &str) -> Result<Option<ImageConfig>> {
     let map: BTreeMap<String, Option<String>> =
-        serde_json::from_str(metadata).map_err(|e| Failure::new(e.to_string()))?;
+        serde_json::from_str(metadata).map_err(|e| ConvertError::new(e.to_string()))?;
     let Some(Some(encoded)) = map.get("containerimage.config") else { return Ok(None) };
     let bytes = base64::engine::general_purpose::STANDARD
         .decode(encoded)
-        .map_err(|e| Failure::new(e.to_string()))?;
+        .map_err(|e| ConvertError::new(e.to_string()))?;
     serde_json::from_slice(&bytes)
         .map(Some)
-        .map_err(|e| Failure::new(format!("failed to parse image config: {e}")))
+        .map_err(|e| ConvertError::new(format!("failed to parse image config: {e}")))
 }

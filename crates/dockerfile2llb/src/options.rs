@@ -1,10 +1,10 @@
 //! The frontend's options (rows `dfo.*`), read once.
 
-use crate::failure::{Failure, Result};
+use crate::error::{ConvertError, Result};
 use shipway_attest::{AttestOptions, SbomOptions};
 use shipway_dockerfile::{LintConfig, csv};
 use shipway_fault::{Detail, Fault};
-use shipway_frontend::{CacheImport, Options};
+use shipway_frontend::{CacheImport, FrontendOptions};
 use shipway_gocompat::parse_bool;
 use shipway_llb::{HostIp, LinuxResources, NetMode, ResolveMode, Ulimit};
 use shipway_oci::Platform;
@@ -70,7 +70,7 @@ pub struct BuildOptions {
 
 impl BuildOptions {
     /// Reads the options.
-    pub fn parse(options: &Options) -> Result<Self> {
+    pub fn parse(options: &FrontendOptions) -> Result<Self> {
         refuse_removed(options)?;
         let get = |key: &str| options.get(key).map(String::as_str).unwrap_or_default();
         let or_arg = |arg: &str, key: &str| match get(&format!("build-arg:{arg}")) {
@@ -82,12 +82,12 @@ impl BuildOptions {
             "" => platforms.len() > 1,
             text => match parse_bool(text) {
                 None => {
-                    return Err(Failure::new(format!(
+                    return Err(ConvertError::new(format!(
                         "invalid boolean value for multi-platform: {text}"
                     )));
                 }
                 Some(false) if platforms.len() > 1 => {
-                    return Err(Failure::new(
+                    return Err(ConvertError::new(
                         "conflicting config: returning multiple target platforms is not allowed",
                     ));
                 }
@@ -96,14 +96,14 @@ impl BuildOptions {
         };
         let lint = options.get("build-arg:BUILDKIT_DOCKERFILE_CHECK").map(|text| {
             LintConfig::parse(text).map_err(|e| {
-                Failure::from(e).context("failed to parse build-arg:BUILDKIT_DOCKERFILE_CHECK")
+                ConvertError::from(e).context("failed to parse build-arg:BUILDKIT_DOCKERFILE_CHECK")
             })
         });
         let no_cache = options.get("no-cache").map(|list| match list.as_str() {
             "" => Vec::new(),
             list => list.split(',').map(str::to_lowercase).collect(),
         });
-        let sbom = AttestOptions::parse(options).map_err(Failure::from)?.sbom;
+        let sbom = AttestOptions::parse(options).map_err(ConvertError::from)?.sbom;
         Ok(Self {
             target: get("target").into(),
             sbom,
@@ -116,7 +116,7 @@ impl BuildOptions {
                 Some(mode) => mode,
                 None => {
                     let mode = get("image-resolve-mode");
-                    return Err(Failure::new(format!("invalid image-resolve-mode: {mode}")));
+                    return Err(ConvertError::new(format!("invalid image-resolve-mode: {mode}")));
                 }
             },
             extra_hosts: parse_hosts(get("add-hosts"))
@@ -125,12 +125,12 @@ impl BuildOptions {
                 "" | "sandbox" | "default" => NetMode::Unset,
                 "none" => NetMode::None,
                 "host" => NetMode::Host,
-                other => return Err(Failure::new(format!("invalid netmode {other}"))),
+                other => return Err(ConvertError::new(format!("invalid netmode {other}"))),
             },
             shm_size: match get("shm-size") {
                 "" => 0,
                 text => text.parse().map_err(|_| {
-                    Failure::new(format!("failed to parse shm size: invalid number {text:?}"))
+                    ConvertError::new(format!("failed to parse shm size: invalid number {text:?}"))
                 })?,
             },
             ulimits: parse_ulimits(get("ulimit"))
@@ -158,7 +158,7 @@ impl BuildOptions {
 
 /// Checks `frontend.caps`. The second error is one that another frontend may still cure, so it
 /// waits for `# syntax=`.
-pub fn check_caps(options: &Options) -> (Result<(), Fault>, Option<Fault>) {
+pub fn check_caps(options: &FrontendOptions) -> (Result<(), Fault>, Option<Fault>) {
     let mut deferred = None;
     for cap in options
         .get("frontend.caps")
@@ -184,21 +184,21 @@ pub fn check_caps(options: &Options) -> (Result<(), Fault>, Option<Fault>) {
     (Ok(()), deferred)
 }
 
-fn refuse_removed(options: &Options) -> Result<()> {
+fn refuse_removed(options: &FrontendOptions) -> Result<()> {
     if options.get("override-copy-image").is_some_and(|v| !v.is_empty()) {
-        return Err(Failure::new(
+        return Err(ConvertError::new(
             "support for \"override-copy-image\" was removed in BuildKit 0.11",
         ));
     }
     if options.get("build-arg:BUILDKIT_DISABLE_FILEOP").and_then(|v| parse_bool(v)) == Some(true) {
-        return Err(Failure::new(
+        return Err(ConvertError::new(
             "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11",
         ));
     }
     Ok(())
 }
 
-fn with_prefix(options: &Options, prefix: &str) -> BTreeMap<String, String> {
+fn with_prefix(options: &FrontendOptions, prefix: &str) -> BTreeMap<String, String> {
     options
         .iter()
         .filter_map(|(k, v)| Some((k.strip_prefix(prefix)?.to_owned(), v.clone())))
@@ -211,7 +211,8 @@ fn parse_platforms(text: &str) -> Result<Vec<Platform>> {
     }
     text.split(',')
         .map(|p| {
-            p.parse().map_err(|e| Failure::new(format!("failed to parse target platform {p}: {e}")))
+            p.parse()
+                .map_err(|e| ConvertError::new(format!("failed to parse target platform {p}: {e}")))
         })
         .collect()
 }
@@ -227,7 +228,7 @@ struct WrittenImport {
 
 /// `cache-imports` is a list in JSON; `cache-from`, which clients said before there was more than
 /// registries, comes after it.
-fn parse_cache_imports(options: &Options) -> Result<Vec<CacheImport>> {
+fn parse_cache_imports(options: &FrontendOptions) -> Result<Vec<CacheImport>> {
     let in_registry = |name: &str| CacheImport {
         kind: "registry".into(),
         attrs: [("ref".to_owned(), name.to_owned())].into(),
@@ -235,7 +236,7 @@ fn parse_cache_imports(options: &Options) -> Result<Vec<CacheImport>> {
     let mut imports = Vec::new();
     if let Some(json) = options.get("cache-imports").filter(|j| !j.is_empty()) {
         let list: Vec<WrittenImport> = serde_json::from_str(json).map_err(|e| {
-            Failure::new(format!("failed to unmarshal cache-imports ({json:?}): {e}"))
+            ConvertError::new(format!("failed to unmarshal cache-imports ({json:?}): {e}"))
         })?;
         imports.extend(list.into_iter().map(|w| CacheImport { kind: w.kind, attrs: w.attrs }));
     }
@@ -251,10 +252,10 @@ fn parse_hosts(text: &str) -> Result<Vec<HostIp>> {
     let host = |field: String| {
         let field = field.to_lowercase();
         let Some((host, ip)) = field.split_once('=') else {
-            return Err(Failure::new(format!("invalid key-value pair {field}")));
+            return Err(ConvertError::new(format!("invalid key-value pair {field}")));
         };
         let ip: IpAddr =
-            ip.parse().map_err(|_| Failure::new(format!("failed to parse IP {ip}")))?;
+            ip.parse().map_err(|_| ConvertError::new(format!("failed to parse IP {ip}")))?;
         Ok(HostIp { host: host.into(), ip: ip.to_string() })
     };
     csv(text)?.into_iter().map(host).collect()
@@ -265,10 +266,12 @@ fn parse_ulimits(text: &str) -> Result<Vec<Ulimit>> {
         return Ok(Vec::new());
     }
     let ulimit = |field: String| {
-        let bad = || Failure::new(format!("invalid ulimit argument: {field}"));
+        let bad = || ConvertError::new(format!("invalid ulimit argument: {field}"));
         let (name, limits) = field.split_once('=').ok_or_else(bad)?;
         if !ULIMITS.contains(&name) {
-            return Err(Failure::new(format!("invalid ulimit type: {name}")).suggest(name, ULIMITS));
+            return Err(
+                ConvertError::new(format!("invalid ulimit type: {name}")).suggest(name, ULIMITS)
+            );
         }
         let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
         let (soft, hard): (i64, i64) =
@@ -277,21 +280,21 @@ fn parse_ulimits(text: &str) -> Result<Vec<Ulimit>> {
             let message = format!(
                 "ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}"
             );
-            return Err(Failure::new(message));
+            return Err(ConvertError::new(message));
         }
         Ok(Ulimit { name: name.into(), soft, hard })
     };
     csv(text)?.into_iter().map(ulimit).collect()
 }
 
-fn parse_resources(options: &Options) -> Result<Option<LinuxResources>> {
+fn parse_resources(options: &FrontendOptions) -> Result<Option<LinuxResources>> {
     let get = |key: &str| options.get(key).map(String::as_str).filter(|v| !v.is_empty());
     let number = |key: &str, least: &str, fits: fn(i64) -> bool| match get(key) {
         None => Ok(0),
         Some(v) => match v.parse::<i64>() {
-            Err(_) => Err(Failure::new(format!("invalid {key} value: {v}"))),
+            Err(_) => Err(ConvertError::new(format!("invalid {key} value: {v}"))),
             Ok(n) if !fits(n) => {
-                Err(Failure::new(format!("invalid {key} value: {v}: must be {least}")))
+                Err(ConvertError::new(format!("invalid {key} value: {v}: must be {least}")))
             }
             Ok(n) => Ok(n),
         },
@@ -300,7 +303,7 @@ fn parse_resources(options: &Options) -> Result<Option<LinuxResources>> {
     let set = |key: &str| match get(key) {
         None => Ok(String::new()),
         Some(v) if is_cpu_set(v) => Ok(v.to_owned()),
-        Some(v) => Err(Failure::new(format!("invalid {key} value: {v}"))),
+        Some(v) => Err(ConvertError::new(format!("invalid {key} value: {v}"))),
     };
     let resources = LinuxResources {
         memory: positive("memory")?,

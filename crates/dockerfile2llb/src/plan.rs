@@ -3,7 +3,7 @@
 use crate::{
     args::{self, Globals},
     build_context::BuildContext,
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     named::{NamedContext, PendingLocal},
     outline::Outline,
     platform::Platforms,
@@ -73,7 +73,9 @@ impl<'a> Plan<'a> {
 impl Plan<'_> {
     fn add_stages(&mut self, file: &Dockerfile, linter: &mut Linter) -> Result<()> {
         if file.stages.len() > MAX_STAGES {
-            return Err(Failure::new(format!("the Dockerfile has more than {MAX_STAGES} stages")));
+            return Err(ConvertError::new(format!(
+                "the Dockerfile has more than {MAX_STAGES} stages"
+            )));
         }
         for (i, from) in file.stages.iter().enumerate() {
             let base = args::expand_from(&self.lex, from, &self.globals, linter)?;
@@ -160,7 +162,7 @@ impl Plan<'_> {
             if wanted.parse::<usize>().is_ok() {
                 fault = fault.hint("stages are asked for by name: FROM … AS name");
             }
-            Failure::from(fault).suggest(wanted, self.shown_names())
+            ConvertError::from(fault).suggest(wanted, self.shown_names())
         })
     }
 
@@ -180,7 +182,7 @@ impl Plan<'_> {
                 }
             }
         }
-        Failure::all(failures)
+        ConvertError::all(failures)
     }
 
     pub fn depend(&mut self, stage: usize, step: &Step) {
@@ -203,7 +205,7 @@ impl Plan<'_> {
                 let from = &copy.from;
                 if self.lex.word(from, &())?.text != *from {
                     let message = "variable expansion is not supported for --from, define a new stage with FROM using ARG from global scope as a workaround";
-                    return Err(Failure::new(message));
+                    return Err(ConvertError::new(message));
                 }
                 sources.push(match from.parse::<i64>() {
                     Err(_) => self
@@ -212,7 +214,7 @@ impl Plan<'_> {
                     Ok(n) => match usize::try_from(n) {
                         Ok(n) if n < self.stages.len() => n,
                         _ => {
-                            return Err(Failure::new(format!("invalid stage index {n}"))
+                            return Err(ConvertError::new(format!("invalid stage index {n}"))
                                 .hint("stages are counted from 0; their names are clearer"));
                         }
                     },
@@ -234,7 +236,7 @@ impl Plan<'_> {
 
     fn add_image(&mut self, name: &str, lines: Lines) -> Result<usize> {
         if self.stages.len() >= MAX_STAGES {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "the Dockerfile has more than {MAX_STAGES} stages and images"
             ))
             .at(lines));
@@ -270,13 +272,13 @@ impl Plan<'_> {
                 };
                 *next += 1;
                 if open[dep] {
-                    let failure = Failure::new(format!(
+                    let failure = ConvertError::new(format!(
                         "circular dependency detected on stage: {}",
                         self.stages[first].display_name()
                     ));
                     let lines =
                         path.iter().map(|(stage, next)| self.stages[*stage].deps[next - 1].1);
-                    return Err(lines.fold(failure, Failure::at));
+                    return Err(lines.fold(failure, ConvertError::at));
                 }
                 if !std::mem::replace(&mut seen[dep], true) {
                     open[dep] = true;

@@ -4,7 +4,7 @@
 use crate::{
     build_context::BuildContext,
     convert::Converted,
-    failure::{Failure, Result as Conversion},
+    error::{ConvertError, Result as Conversion},
 };
 use shipway_dockerfile::{Dockerfile, Lint, LintConfig, Linter, Source, directive};
 use shipway_fault::{Context as _, Result};
@@ -14,7 +14,7 @@ use shipway_llb::{Definition, MarshalOptions};
 /// Parses the Dockerfile; what `linter` heard stays with it also if that fails.
 pub fn parse(cx: &BuildContext, linter: &mut Linter) -> Conversion<Dockerfile> {
     if cx.file.data.is_empty() {
-        return Err(Failure::new("the Dockerfile cannot be empty"));
+        return Err(ConvertError::new("the Dockerfile cannot be empty"));
     }
     parse_any(cx, linter)
 }
@@ -29,7 +29,8 @@ pub fn lint_config(cx: &BuildContext) -> Conversion<LintConfig> {
     Ok(match &cx.options.lint {
         Some(config) => config.clone(),
         None => LintConfig::of_file(&cx.file.data).map_err(|error| {
-            let failure = Failure::from(error).hint("write # check=skip=<rule>,<rule>;error=true");
+            let failure =
+                ConvertError::from(error).hint("write # check=skip=<rule>,<rule>;error=true");
             match directive::find("check", &cx.file.data) {
                 Some(directive) => failure.near(directive.lines),
                 None => failure,

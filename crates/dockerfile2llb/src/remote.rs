@@ -1,6 +1,6 @@
 //! Addresses that `ADD` takes: repositories and downloads (rows `df.add*`).
 
-use crate::failure::{Failure, Result};
+use crate::error::{ConvertError, Result};
 use shipway_dockerfile as df;
 use shipway_fault::Fault;
 use shipway_gocompat::{Url, quote};
@@ -21,14 +21,14 @@ pub fn with_flags(mut git: GitRef, add: &df::Add) -> Result<GitRef> {
     if let (Some(flag), Some(query)) = (add.keep_git_dir, git.keep_git_dir)
         && flag != query
     {
-        return Err(Failure::new("inconsistent keep-git-dir configuration"));
+        return Err(ConvertError::new("inconsistent keep-git-dir configuration"));
     }
     git.keep_git_dir = git.keep_git_dir.or(add.keep_git_dir);
     // As with the reference, times are a matter of contexts.
     git.mtime.clear();
     if !add.checksum.is_empty() {
         if !git.checksum.is_empty() && git.checksum != add.checksum {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "checksum mismatch {} != {}",
                 quote(&add.checksum),
                 quote(&git.checksum)

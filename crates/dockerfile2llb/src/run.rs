@@ -2,7 +2,7 @@
 
 use crate::{
     build_context::internal,
-    failure::{Failure, Result},
+    error::{ConvertError, Result},
     instruct::StageContext,
     stage::{OpenStage, Step, Vars, shown_text},
 };
@@ -112,7 +112,7 @@ impl StageContext<'_> {
         let words = run.command.words();
         let Some(first) = run.heredocs.first() else { return Ok((words, String::new())) };
         let CommandLine::Shell(Some(line)) = &run.command else {
-            return Err(Failure::new(format!(
+            return Err(ConvertError::new(format!(
                 "parsing produced an invalid run command: {words:?}"
             )));
         };
@@ -180,7 +180,7 @@ impl StageContext<'_> {
         if from_stage || mount.kind == MountKind::Cache {
             let Some(from) = self.plan.stages[source].converted() else {
                 let name = if from_stage { &mount.from } else { crate::stage::SCRATCH };
-                return Err(Failure::new(format!(
+                return Err(ConvertError::new(format!(
                     "cannot mount from stage {} to {}, stage needs to be defined before current command",
                     quote(name),
                     quote(&mount.target)
@@ -194,7 +194,7 @@ impl StageContext<'_> {
             false => path::join("/", &format!("{}/{}", stage.state.dir(), mount.target)),
         };
         if target == "/" {
-            return Err(Failure::new(format!("invalid mount target {}", quote(&target))));
+            return Err(ConvertError::new(format!("invalid mount target {}", quote(&target))));
         }
         let path = path::join("/", &mount.source);
         let mut selector = String::new();
@@ -256,7 +256,7 @@ fn owned_directory(mount: &Mount, base: &State) -> State {
 /// `df.run.mount.secretenv`).
 fn secret(mount: &Mount) -> Result<SecretDraft> {
     let id = match (mount.source.as_str(), mount.id.as_str(), mount.target.as_str()) {
-        ("", "", "") => return Err(Failure::new("one of source, target required")),
+        ("", "", "") => return Err(ConvertError::new("one of source, target required")),
         ("", "", target) => path::base(target).to_owned(),
         ("", id, _) => id.to_owned(),
         (source, ..) => source.to_owned(),
@@ -280,7 +280,7 @@ fn secret(mount: &Mount) -> Result<SecretDraft> {
 /// A `--mount=type=ssh` (row `df.run.mount.ssh`).
 fn ssh(mount: &Mount) -> Result<SshDraft> {
     if !mount.source.is_empty() {
-        return Err(Failure::new("ssh does not support source"));
+        return Err(ConvertError::new("ssh does not support source"));
     }
     Ok(SshDraft {
         id: mount.id.clone(),

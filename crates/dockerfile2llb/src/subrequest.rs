@@ -4,7 +4,7 @@
 use crate::{
     build_context::BuildContext,
     convert::{Converted, TargetOutline, convert},
-    failure::Failure,
+    error::ConvertError,
     plan::Scope,
     reading::{lint_config, marshal, parse, parse_any, warn_all},
 };
@@ -297,16 +297,16 @@ async fn lint(cx: &BuildContext) -> Result<FrontendResult> {
 /// strict reading said.
 fn all_mistakes(
     cx: &BuildContext,
-    first: Failure,
+    first: ConvertError,
     config: LintConfig,
     linter: &mut Linter,
-) -> Failure {
+) -> ConvertError {
     *linter = Linter::new(config);
     let (_, mistakes) = Dockerfile::diagnose(&cx.file.data, linter);
-    Failure::all(mistakes.into_iter().map(Failure::from)).err().unwrap_or(first)
+    ConvertError::all(mistakes.into_iter().map(ConvertError::from)).err().unwrap_or(first)
 }
 
-fn error(failure: &Failure, source: Option<&Source<'_>>) -> Value {
+fn error(failure: &ConvertError, source: Option<&Source<'_>>) -> Value {
     let mut places = failure.spans(source);
     places.sort_by_key(|spans| (spans.first().map(|s| s.start.line), spans.len()));
     places.dedup();

@@ -9,11 +9,12 @@ use crate::{
     provenance::{ResultProvenance, SolvedVertices, of_state},
 };
 use shipway_attest::{
-    AttestOptions, Attestation, Kind, Mode, ProvenanceOptions, SPDX, Version, keys, slsa,
+    AttestOptions, Attestation, Kind, ProvenanceMode, ProvenanceOptions, SPDX, SlsaVersion, keys,
+    slsa,
 };
 use shipway_exporters::{Content, ExportAttestation, ExportInput};
 use shipway_fault::{Fault, Result};
-use shipway_frontend::{FrontendResult, Options};
+use shipway_frontend::{FrontendOptions, FrontendResult};
 use shipway_oci::Platform;
 use std::{
     collections::{BTreeMap, HashSet},
@@ -28,7 +29,7 @@ pub(crate) type Attested = Vec<(Option<String>, Arc<ResultProvenance>)>;
 pub(crate) async fn add(
     build: &Arc<Build>,
     wanted: &AttestOptions,
-    options: &Options,
+    options: &FrontendOptions,
     result: &FrontendResult,
     input: &mut ExportInput,
 ) -> Result<Attested> {
@@ -138,8 +139,8 @@ pub(crate) async fn record(
 ) -> Result<Vec<(Option<String>, Vec<u8>)>> {
     let builder_id = wanted.provenance.as_ref().map(|p| p.builder_id.clone()).unwrap_or_default();
     let options = ProvenanceOptions {
-        mode: Mode::Max,
-        version: Version::V1,
+        mode: ProvenanceMode::Max,
+        version: SlsaVersion::V1,
         builder_id,
         ..ProvenanceOptions::default()
     };

@@ -5,7 +5,7 @@ pub(crate) mod verify;
 
 use crate::build::{Build, BuildScope};
 use shipway_exporters::{
-    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finally, Response,
+    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response,
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
@@ -185,7 +185,7 @@ impl<'a> ExportVertex<'a> {
             session: scope.session.clone(),
             sessions: scope.data.sessions.clone(),
             reporter: scope.journal.reporter(digest, exporter.name()),
-            finally: Finally::default(),
+            finalizers: Finalizers::default(),
         };
         Self { exporter, cx }
     }
@@ -216,7 +216,7 @@ impl<'a> ExportVertex<'a> {
 
     /// Does what the exporter left for the time when all others have succeeded, too.
     async fn finalize(&self) -> Result<()> {
-        let left = self.cx.finally.take();
+        let left = self.cx.finalizers.take();
         if left.is_empty() {
             return Ok(());
         }

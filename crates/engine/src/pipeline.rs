@@ -10,7 +10,7 @@ use crate::{
 use shipway_attest::AttestOptions;
 use shipway_exporters::Exporter;
 use shipway_fault::{Fault, Result};
-use shipway_frontend::{Bridge as _, FrontendResult, Options, SolveRequest};
+use shipway_frontend::{Bridge as _, FrontendOptions, FrontendResult, SolveRequest};
 use shipway_gateway::GatewayBuild;
 use shipway_history::FinishedBuild;
 use shipway_remotecache::CacheRequest;
@@ -88,7 +88,7 @@ struct Finishing {
     by_session: bool,
     internal: bool,
     wanted: AttestOptions,
-    options: Options,
+    options: FrontendOptions,
     platforms: Option<String>,
 }
 

@@ -5,7 +5,7 @@ use crate::build::{BuildScope, CallLog, EngineRef, LazyState};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::Value;
 use shipway_attest::{
-    BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Mode, Parameters, Predicate,
+    BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Parameters, Predicate, ProvenanceMode,
     ProvenanceOptions, Source, SourceInfo,
 };
 use shipway_fault::{Result, redact_text};
@@ -13,14 +13,14 @@ use shipway_llb::{Definition, GitRef, json};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::LlbOp;
 use shipway_refs::ImmutableRef;
-use shipway_solver::{Known, Vertex, VertexId};
+use shipway_solver::{SolvedVertex, Vertex, VertexId};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
 /// The build's vertices as they were solved on.
-pub(crate) struct SolvedVertices(HashMap<VertexId, Known<LlbOp>>);
+pub(crate) struct SolvedVertices(HashMap<VertexId, SolvedVertex<LlbOp>>);
 
 /// What is known of one result.
 pub(crate) struct ResultProvenance {
@@ -32,7 +32,7 @@ pub(crate) struct ResultProvenance {
 
 impl SolvedVertices {
     pub async fn of(scope: &BuildScope) -> Self {
-        Self(scope.job.known().await.into_iter().map(|k| (k.vertex.id, k)).collect())
+        Self(scope.job.solved_vertices().await.into_iter().map(|k| (k.vertex.id, k)).collect())
     }
 
     /// What `top` and everything below it used.
@@ -206,7 +206,7 @@ impl ResultProvenance {
         )?;
         predicate.metadata.invocation = scope.invocation.clone();
         predicate.metadata.started = Some(scope.started);
-        if options.mode == Mode::Min {
+        if options.mode == ProvenanceMode::Min {
             return Ok(predicate);
         }
         let definition = &self.state.lazy.definition;

@@ -1,7 +1,7 @@
 //! What is asked of the engine, and what it answers.
 
 use shipway_fault::{Fault, Result};
-use shipway_frontend::Options;
+use shipway_frontend::FrontendOptions;
 use shipway_history::FinishedBuild;
 use shipway_llb::{Definition, SourcePolicy};
 use shipway_ops::Entitlements;
@@ -44,7 +44,7 @@ pub struct BuildRequest {
     /// Frontend to run; empty for none.
     pub frontend: String,
     /// Its options.
-    pub options: Options,
+    pub options: FrontendOptions,
     /// Its inputs.
     pub inputs: BTreeMap<String, Definition>,
     /// Session of the client.

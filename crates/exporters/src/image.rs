@@ -326,7 +326,7 @@ impl Exporter for ImageExporter {
             }
             let (inner, sessions, reporter) =
                 (self.inner.clone(), cx.sessions.clone(), cx.reporter.clone());
-            cx.finally.then(async move {
+            cx.finalizers.push(async move {
                 // Until then all that is pushed stays.
                 let _lease = lease;
                 for name in &names {

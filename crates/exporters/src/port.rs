@@ -88,21 +88,21 @@ pub struct ExportContext {
     /// Progress of the export's vertex.
     pub reporter: Reporter,
     /// What is left for the time when all exporters have succeeded.
-    pub finally: Finally,
+    pub finalizers: Finalizers,
 }
 
 /// What exporters leave to be done when all of them have succeeded, beside the caches' export:
 /// pushing (row `ex.img.push`).
 #[derive(Clone, Default)]
-pub struct Finally(Arc<Mutex<Vec<BoxFuture<'static, Result<()>>>>>);
+pub struct Finalizers(Arc<Mutex<Vec<BoxFuture<'static, Result<()>>>>>);
 
-impl Finally {
-    /// Leaves `work` for later.
-    pub fn then(&self, work: impl Future<Output = Result<()>> + Send + 'static) {
+impl Finalizers {
+    /// Adds `work`, to be run after all others.
+    pub fn push(&self, work: impl Future<Output = Result<()>> + Send + 'static) {
         self.0.lock().push(Box::pin(work));
     }
 
-    /// What was left, in order.
+    /// The work so far, in order.
     pub fn take(&self) -> Vec<BoxFuture<'static, Result<()>>> {
         std::mem::take(&mut *self.0.lock())
     }

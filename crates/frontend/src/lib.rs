@@ -23,7 +23,7 @@ pub use sbom::{Scan, Scanner};
 pub use table::{ContextFiles, Frontend, Frontends, NamedContexts};
 
 /// Options of a frontend (`FrontendAttrs`; rows `dfo.*`).
-pub type Options = BTreeMap<String, String>;
+pub type FrontendOptions = BTreeMap<String, String>;
 
 /// A lazily solved filesystem state, as a frontend holds it. Nothing runs until it is read,
 /// evaluated or exported.
@@ -121,7 +121,7 @@ pub struct SolveRequest {
     /// Frontend to run instead.
     pub frontend: String,
     /// Its options.
-    pub options: Options,
+    pub options: FrontendOptions,
     /// Its inputs.
     pub inputs: BTreeMap<String, Definition>,
     /// Whether to solve now rather than when needed.
@@ -207,7 +207,7 @@ pub trait Bridge: Send + Sync {
     }
 
     /// Options of the build.
-    fn options(&self) -> &Options;
+    fn options(&self) -> &FrontendOptions;
 
     /// Session of the client that asked for the build.
     fn session(&self) -> &str;

@@ -1,6 +1,6 @@
 //! The port that frontends implement, and the table of those that are part of the daemon.
 
-use crate::{Bridge, FrontendResult, Options};
+use crate::{Bridge, FrontendOptions, FrontendResult};
 use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
 use shipway_llb::State;
@@ -33,7 +33,7 @@ pub struct ContextFiles {
 #[async_trait]
 pub trait NamedContexts: Send + Sync {
     /// What `options` have in the place of `name`, such as `docker-image://example.com/frontend`.
-    fn find(&self, options: &Options, name: &str) -> Result<Option<String>>;
+    fn find(&self, options: &FrontendOptions, name: &str) -> Result<Option<String>>;
 
     /// The context `name` among the options of `bridge`; `NotFound` if it is not there.
     async fn load(&self, bridge: Arc<dyn Bridge>, name: &str) -> Result<ContextFiles>;

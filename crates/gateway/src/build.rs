@@ -213,7 +213,7 @@ impl Builds {
 mod tests {
     use super::*;
     use futures::{FutureExt as _, future::BoxFuture};
-    use shipway_frontend::{Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+    use shipway_frontend::{FrontendOptions, SolveRequest, SourceMeta, SourceRequest, Warning};
     use shipway_llb::Definition;
     use shipway_oci::Platform;
     use shipway_proto::grpc::health::v1::{
@@ -227,8 +227,8 @@ mod tests {
     struct Nothing;
 
     impl Bridge for Nothing {
-        fn options(&self) -> &Options {
-            static NONE: Options = Options::new();
+        fn options(&self) -> &FrontendOptions {
+            static NONE: FrontendOptions = FrontendOptions::new();
             &NONE
         }
 

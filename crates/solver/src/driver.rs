@@ -1,7 +1,7 @@
 //! Runs the state machine: feeds it what happens, and does what it asks for.
 
 use crate::{
-    CacheKey, CacheStore, Completion, Known, Limits, Operation, RecordMeta,
+    CacheKey, CacheStore, Completion, Limits, Operation, RecordMeta, SolvedVertex,
     event::{Effect, Event, ProbeResult, Promise, VertexProgress, Why},
     graph::Graph,
     ids::{JobNo, RequestNo, TaskNo},
@@ -35,7 +35,7 @@ pub(crate) enum Message<Op: Operation> {
     /// A request, with where to answer it.
     Request { event: Event<Op>, request: RequestNo, reply: ReplySender<Op::Output> },
     /// What a job's vertices came to.
-    Known { job: JobNo, reply: oneshot::Sender<Vec<Known<Op>>> },
+    SolvedVertices { job: JobNo, reply: oneshot::Sender<Vec<SolvedVertex<Op>>> },
     /// A task ended.
     Ended { task: TaskNo, event: Event<Op> },
 }
@@ -90,9 +90,9 @@ impl<Op: Operation> Driver<Op> {
                     self.replies.insert(request, reply);
                     event
                 }
-                Message::Known { job, reply } => {
+                Message::SolvedVertices { job, reply } => {
                     // The receiver may be gone: then the result is not needed.
-                    let _ = reply.send(self.graph.known_to(job));
+                    let _ = reply.send(self.graph.solved_for(job));
                     continue;
                 }
                 Message::Ended { task, event } => {

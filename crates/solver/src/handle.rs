@@ -1,7 +1,7 @@
 //! What the rest of the program holds: the solver, jobs and requests.
 
 use crate::{
-    CacheStore, Completion, ImportedCache, JobId, Known, Limits, Operation, Vertex,
+    CacheStore, Completion, ImportedCache, JobId, Limits, Operation, SolvedVertex, Vertex,
     driver::{self, Message},
     event::Event,
     ids::{JobNo, RequestNo},
@@ -126,10 +126,10 @@ impl<Op: Operation> Job<Op> {
 
     /// The vertices it asked for so far, as they are worked on: where several builds want the same
     /// work, one's operation does it for all.
-    pub async fn known(&self) -> Vec<Known<Op>> {
+    pub async fn solved_vertices(&self) -> Vec<SolvedVertex<Op>> {
         let (reply, answer) = oneshot::channel();
         // Without a solver nothing is known.
-        let _ = self.shared.inbox.send(Message::Known { job: self.no, reply });
+        let _ = self.shared.inbox.send(Message::SolvedVertices { job: self.no, reply });
         answer.await.unwrap_or_default()
     }
 

@@ -30,6 +30,6 @@ mod work;
 
 pub use handle::{Job, Solver};
 pub use port::{
-    CacheKey, CacheMap, CacheStore, Completion, ImportedCache, InputMap, JobId, KeyPart, Known,
-    Limits, OpContext, Operation, RecordMeta, Vertex, VertexId,
+    CacheKey, CacheMap, CacheStore, Completion, ImportedCache, InputMap, JobId, KeyPart, Limits,
+    OpContext, Operation, RecordMeta, SolvedVertex, Vertex, VertexId,
 };

@@ -267,7 +267,7 @@ pub struct Limits {
 }
 
 /// A vertex of a job as it is worked on.
-pub struct Known<Op: Operation> {
+pub struct SolvedVertex<Op: Operation> {
     /// The vertex whose operation does the work.
     pub vertex: Arc<Vertex<Op>>,
     /// The results that it has, by output.

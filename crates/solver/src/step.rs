@@ -5,7 +5,7 @@
 //! ignored by its task number.
 
 use crate::{
-    CacheMap, Known, Operation, Vertex,
+    CacheMap, Operation, SolvedVertex, Vertex,
     event::{Effect, Event, ProbeResult, VertexProgress},
     graph::{
         Edge, Graph, InFlight, JobState, Level, Node, Open, Phase, Reported, Request, Run, Waiter,
@@ -50,7 +50,7 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// What a job's vertices came to.
-    pub(crate) fn known_to(&self, job: JobNo) -> Vec<Known<Op>> {
+    pub(crate) fn solved_for(&self, job: JobNo) -> Vec<SolvedVertex<Op>> {
         let nodes = self
             .jobs
             .get(&job)
@@ -70,7 +70,7 @@ impl<Op: Operation> Graph<Op> {
                 .collect()
         };
         nodes
-            .map(|n| Known {
+            .map(|n| SolvedVertex {
                 vertex: n.vertex.clone(),
                 outputs: n.edges.iter().filter_map(done).collect(),
                 keys: keys(n),

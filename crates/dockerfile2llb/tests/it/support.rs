@@ -6,7 +6,8 @@ use parking_lot::Mutex;
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
 use shipway_frontend::{
-    Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning,
+    Bridge, Frontend, FrontendOptions, FrontendResult, SolveRequest, SourceMeta, SourceRequest,
+    Warning,
 };
 use shipway_gocompat::quote;
 use shipway_llb::{Definition, GitFacts, ImageFacts, SourceFacts};
@@ -120,7 +121,7 @@ fn lines(spans: &[Span]) -> String {
 
 /// The bridge.
 pub struct Fake {
-    options: Options,
+    options: FrontendOptions,
     files: Arc<BTreeMap<String, String>>,
     images: BTreeMap<String, Box<serde_json::value::RawValue>>,
     blocks: Mutex<Vec<String>>,
@@ -160,7 +161,7 @@ fn dump(definition: &Definition) -> String {
 }
 
 impl Bridge for Fake {
-    fn options(&self) -> &Options {
+    fn options(&self) -> &FrontendOptions {
         &self.options
     }
 

@@ -4,7 +4,7 @@ use crate::{build::Build, export, frontends::EngineBridge, provenance::ResultPro
 use shipway_attest::SbomOptions;
 use shipway_exporters::{Content, ExportAttestation};
 use shipway_fault::{Context as _, Result};
-use shipway_frontend::{Options, Scan, Scanner};
+use shipway_frontend::{FrontendOptions, Scan, Scanner};
 use shipway_llb::{ResolveMode, State};
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, sync::Arc};
 pub(crate) async fn scan(
     build: &Arc<Build>,
     sbom: &SbomOptions,
-    options: &Options,
+    options: &FrontendOptions,
     known: &BTreeMap<String, Arc<ResultProvenance>>,
 ) -> Result<Vec<(String, ExportAttestation)>> {
     // What the scanner uses is not what the result is made of.

@@ -4,7 +4,7 @@
 use super::lazy::LazyState;
 use parking_lot::Mutex;
 use shipway_attest::{ImageSource, Parameters, RequestProvenance, Sources, filter_args};
-use shipway_frontend::Options;
+use shipway_frontend::FrontendOptions;
 use shipway_llb::{Definition, GitRef};
 use shipway_oci::Digest;
 use std::{
@@ -16,7 +16,7 @@ use std::{
 #[derive(Debug, Default)]
 pub(crate) struct FrontendCall {
     pub frontend: String,
-    pub options: Options,
+    pub options: FrontendOptions,
     pub inputs: BTreeMap<String, Definition>,
 }
 

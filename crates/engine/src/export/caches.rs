@@ -95,7 +95,7 @@ fn clients(scope: &BuildScope) -> CacheClients {
 
 /// Keys of what is not to be exported, though it may be used (row `llb.md.exportcache`).
 async fn withheld(scope: &BuildScope) -> HashSet<CacheKey> {
-    let known = scope.job.known().await;
+    let known = scope.job.solved_vertices().await;
     known.into_iter().filter(|k| !k.vertex.op.is_for_export()).flat_map(|k| k.keys).collect()
 }
 

@@ -12,8 +12,8 @@ use futures::{FutureExt as _, future::BoxFuture};
 use shipway_attest::ImageSource;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
-    Bridge, BuildRef, Container, ContainerRequest, Explain, FrontendResult, Frontends,
-    NamedContexts, Options, SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
+    Bridge, BuildRef, Container, ContainerRequest, Explain, FrontendOptions, FrontendResult,
+    Frontends, NamedContexts, SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
 };
 use shipway_llb::{Definition, SourceOp};
 use shipway_oci::{Digest, Platform};
@@ -27,7 +27,7 @@ use std::{
 /// The bridge of one frontend of a build: a nested frontend has options and inputs of its own.
 pub(crate) struct EngineBridge {
     pub(crate) build: Arc<Build>,
-    pub(crate) options: Options,
+    pub(crate) options: FrontendOptions,
     pub(crate) inputs: BTreeMap<String, Definition>,
     /// How many frontends called each other up to here.
     pub(crate) depth: usize,
@@ -46,7 +46,7 @@ impl EngineBridge {
     pub(crate) fn unlogged(build: Arc<Build>) -> Self {
         Self {
             build,
-            options: Options::default(),
+            options: FrontendOptions::default(),
             inputs: BTreeMap::new(),
             depth: 0,
             log: CallLog::root(FrontendCall::default()),
@@ -159,7 +159,7 @@ impl Explainer for FrontendExplainer {
 }
 
 impl Bridge for EngineBridge {
-    fn options(&self) -> &Options {
+    fn options(&self) -> &FrontendOptions {
         &self.options
     }
 
@@ -321,7 +321,7 @@ mod tests {
 
     #[async_trait]
     impl NamedContexts for Fake {
-        fn find(&self, options: &Options, name: &str) -> Result<Option<String>> {
+        fn find(&self, options: &FrontendOptions, name: &str) -> Result<Option<String>> {
             Ok(options.get(&format!("context:{name}")).cloned())
         }
         async fn load(&self, _: Arc<dyn Bridge>, _: &str) -> Result<ContextFiles> {

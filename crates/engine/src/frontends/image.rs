@@ -8,7 +8,7 @@ use shipway_executor::{ExitStatus, Output, OutputTarget, ProcessIo, Stream};
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
     Bridge, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest,
-    FrontendResult, Options, Worker,
+    FrontendOptions, FrontendResult, Worker,
 };
 use shipway_gateway::GatewayBuild;
 use shipway_gocompat::parse_bool;
@@ -100,7 +100,7 @@ impl FrontendImage {
     }
 
     /// The frontend must know what it is asked for (row `gwctr.caperr`).
-    fn check_caps(&self, options: &Options, has_inputs: bool) -> Result<()> {
+    fn check_caps(&self, options: &FrontendOptions, has_inputs: bool) -> Result<()> {
         let has = caps(self.config.config.labels.get("moby.buildkit.frontend.caps"));
         let inputs = has_inputs.then_some("moby.buildkit.frontend.inputs");
         match caps(options.get("frontend.caps"))
@@ -142,7 +142,7 @@ impl FrontendImage {
 
     fn process(
         &self,
-        options: &Options,
+        options: &FrontendOptions,
         session: &str,
         worker: &Worker,
     ) -> Result<ContainerProcess> {
@@ -355,7 +355,8 @@ mod tests {
 
     #[test]
     fn a_frontend_is_asked_only_for_what_it_knows() {
-        let options = |caps: &str| Options::from([("frontend.caps".to_owned(), caps.to_owned())]);
+        let options =
+            |caps: &str| FrontendOptions::from([("frontend.caps".to_owned(), caps.to_owned())]);
         let image = image(&[(
             "moby.buildkit.frontend.caps",
             "moby.buildkit.frontend.inputs,moby.buildkit.frontend.contexts+forward",
@@ -371,8 +372,10 @@ mod tests {
 
     #[test]
     fn a_frontend_is_told_of_everything_in_its_environment() {
-        let options =
-            Options::from([("a".to_owned(), "1".to_owned()), ("b".to_owned(), "x=y".to_owned())]);
+        let options = FrontendOptions::from([
+            ("a".to_owned(), "1".to_owned()),
+            ("b".to_owned(), "x=y".to_owned()),
+        ]);
         let labels = [("l".to_owned(), "v".to_owned())].into();
         let worker = Worker {
             id: "w".into(),

@@ -7,7 +7,7 @@ use std::{borrow::Cow, sync::Arc};
 
 /// A fault whose places are not attached yet, because only the frontend holds the text.
 #[derive(Clone, Debug)]
-pub struct Failure {
+pub struct ConvertError {
     pub fault: Fault,
     pub places: Vec<df::Lines>,
     /// A place that the reference does not report. Clients that ask for columns get it where there
@@ -16,12 +16,12 @@ pub struct Failure {
     /// What on the lines is meant; without it what the message quotes.
     token: Option<Token>,
     /// Further failures of the same check.
-    pub others: Vec<Failure>,
+    pub others: Vec<ConvertError>,
 }
 
-pub type Result<T, E = Failure> = std::result::Result<T, E>;
+pub type Result<T, E = ConvertError> = std::result::Result<T, E>;
 
-impl Failure {
+impl ConvertError {
     /// A failure with the class and code of what is wrong with a Dockerfile.
     pub fn new(message: impl Into<Cow<'static, str>>) -> Self {
         Fault::unknown(message).into()
@@ -122,13 +122,13 @@ impl Failure {
     }
 }
 
-impl From<Fault> for Failure {
+impl From<Fault> for ConvertError {
     fn from(fault: Fault) -> Self {
         Self { fault, places: Vec::new(), near: None, token: None, others: Vec::new() }
     }
 }
 
-impl From<df::Error> for Failure {
+impl From<df::Error> for ConvertError {
     fn from(error: df::Error) -> Self {
         let (places, token) = (error.lines.into_iter().collect(), error.token.clone());
         Self { places, token, ..Fault::from(error).into() }
