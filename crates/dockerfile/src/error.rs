@@ -1,11 +1,7 @@
 //! What is wrong with a Dockerfile: the words users know, the lines, what in them, and advice.
 
-use shipway_fault::{Fault, Span};
-
-use crate::{
-    ast::Lines,
-    place::{Source, Token},
-};
+use crate::{ast::Lines, token::Token};
+use shipway_fault::Fault;
 
 /// The result of everything here.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -50,20 +46,11 @@ impl Error {
         self.token.get_or_insert(token);
         self
     }
-
-    /// The lines in `source` with the place in them, empty when unknown.
-    pub fn spans(&self, source: &Source<'_>) -> Vec<Span> {
-        match (self.lines, &self.token) {
-            (None, _) => Vec::new(),
-            (Some(lines), None) => source.spans_of_message(lines, &self.message),
-            (Some(lines), token) => source.spans(lines, token.as_ref()),
-        }
-    }
 }
 
 impl From<Error> for Fault {
     /// Loses the place: callers that have the file add it as [`shipway_fault::Detail::Source`] from
-    /// [`Error::spans`].
+    /// `Error::spans`.
     fn from(error: Error) -> Self {
         // The reference answers with gRPC's `Unknown` here, and clients print the words only.
         let fault = Fault::unknown(error.message);

@@ -6,7 +6,7 @@ use crate::{
     instruction::{self, Parsed},
     lines::{self, Node},
     lint::{self, Finding, Linter},
-    place::Token,
+    token::Token,
 };
 
 impl Dockerfile {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     error::{Error, Result},
     literals::with_suggestion,
-    place::Token,
+    token::Token,
 };
 
 /// What a flag holds.

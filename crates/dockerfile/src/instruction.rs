@@ -11,7 +11,8 @@ use crate::{
     lines::{Keyword, Node},
     lint::{Finding, Linter},
     literals::with_suggestion,
-    place::Token,
+    token::Token,
+    words::example,
 };
 use shipway_gocompat::{GoDuration, InvalidDuration, quote};
 
@@ -78,27 +79,6 @@ fn trimmed(mut text: String) -> String {
     }
     text.truncate(text.trim_end().len());
     text
-}
-
-/// How an instruction is written.
-pub(crate) fn example(keyword: &str) -> String {
-    let rest = match keyword {
-        "ADD" | "COPY" => "<source>… <destination>",
-        "ARG" => "<name>[=<default>]",
-        "ENV" | "LABEL" => "<key>=<value>…",
-        "EXPOSE" => "<port>[/<protocol>]…",
-        "FROM" => "<image> [AS <name>]",
-        "HEALTHCHECK" => "CMD <command>, or HEALTHCHECK NONE",
-        "MAINTAINER" => "<name>",
-        "ONBUILD" => "<instruction>",
-        "SHELL" => "[\"<executable>\", \"<argument>\"…]",
-        "STOPSIGNAL" => "<signal>",
-        "USER" => "<user>[:<group>]",
-        "VOLUME" => "<path>…",
-        "WORKDIR" => "<path>",
-        _ => "…",
-    };
-    format!("write {keyword} {rest}")
 }
 
 fn at_least_one(keyword: &str) -> Error {

@@ -31,6 +31,7 @@ mod literals;
 mod mount;
 mod place;
 mod print;
+mod token;
 mod words;
 mod work;
 
@@ -42,5 +43,6 @@ pub use heredoc::{is_heredoc, strip_tabs};
 pub use lex::{Env, Expanded, Lex};
 pub use lint::{Finding, Fix, Lint, LintConfig, Linter, Rule, Selection, is_secret_name};
 pub use literals::{csv, suggest};
-pub use place::{Source, Token, pin};
+pub use place::{Source, pin};
+pub use token::Token;
 pub use work::Work;

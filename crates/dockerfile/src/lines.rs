@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     heredoc,
     json::{self, Array},
-    place::Token,
+    token::Token,
     words,
 };
 

@@ -11,7 +11,8 @@ use crate::{
     ast::{Lines, Stage},
     directive,
     error::{Error, Result},
-    place::{Source, Token},
+    place::Source,
+    token::Token,
 };
 
 macro_rules! rules {

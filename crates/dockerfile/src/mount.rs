@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     expand::Expander,
     literals::{self, with_suggestion},
-    place::Token,
+    token::Token,
 };
 use shipway_gocompat::{parse_bool, quote};
 

@@ -6,27 +6,7 @@
 
 use shipway_fault::{Position, Span};
 
-use crate::{ast::Lines, directive, lines::continuation, words};
-
-/// The piece of an instruction that something is to be said of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Token {
-    /// The instruction's name.
-    Keyword,
-    /// A flag with its value, as the parser read it (`--from=x`), or its name alone (`--from`).
-    Flag(String),
-    /// Everything after the flags; the instruction's name if nothing follows.
-    Arguments,
-    /// A word after the flags, by its number from 0.
-    Word(usize),
-    /// A stretch of the text; the arguments if it stands nowhere, as when it came out of variables.
-    Text(String),
-    /// A parser directive. Mistakes in it are reported one line above, as by the reference; this is
-    /// the line itself.
-    Directive,
-    /// The name of a variable where it is used, `$NAME` or `${NAME…}`.
-    Variable(String),
-}
+use crate::{ast::Lines, directive, error::Error, lines::continuation, token::Token, words};
 
 /// A file in which places are looked for.
 #[derive(Debug)]
@@ -296,4 +276,14 @@ fn quoted(message: &str) -> Vec<&str> {
     }
     found.extend(message.rsplit_once(": ").map(|(_, w)| w).filter(|w| !w.is_empty()));
     found
+}
+impl Error {
+    /// The lines in `source` with the place in them, empty when unknown.
+    pub fn spans(&self, source: &Source<'_>) -> Vec<Span> {
+        match (self.lines, &self.token) {
+            (None, _) => Vec::new(),
+            (Some(lines), None) => source.spans_of_message(lines, &self.message),
+            (Some(lines), token) => source.spans(lines, token.as_ref()),
+        }
+    }
 }

@@ -2,8 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    instruction::example,
-    place::Token,
+    token::Token,
 };
 use shipway_gocompat::quote;
 
@@ -140,4 +139,24 @@ pub(crate) fn pairs(keyword: &str, rest: &str, escape: char) -> Result<Vec<Strin
         args.extend([key.to_owned(), value.to_owned(), "=".to_owned()]);
     }
     Ok(args)
+}
+/// How an instruction is written.
+pub(crate) fn example(keyword: &str) -> String {
+    let rest = match keyword {
+        "ADD" | "COPY" => "<source>… <destination>",
+        "ARG" => "<name>[=<default>]",
+        "ENV" | "LABEL" => "<key>=<value>…",
+        "EXPOSE" => "<port>[/<protocol>]…",
+        "FROM" => "<image> [AS <name>]",
+        "HEALTHCHECK" => "CMD <command>, or HEALTHCHECK NONE",
+        "MAINTAINER" => "<name>",
+        "ONBUILD" => "<instruction>",
+        "SHELL" => "[\"<executable>\", \"<argument>\"…]",
+        "STOPSIGNAL" => "<signal>",
+        "USER" => "<user>[:<group>]",
+        "VOLUME" => "<path>…",
+        "WORKDIR" => "<path>",
+        _ => "…",
+    };
+    format!("write {keyword} {rest}")
 }
