@@ -42,6 +42,7 @@ mod local_images;
 mod mounts;
 mod nerdctl;
 mod network;
+mod nodes;
 mod object_caches;
 mod observing;
 mod packages;

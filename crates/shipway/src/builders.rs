@@ -101,10 +101,10 @@ impl Node {
 }
 
 impl Builder {
-    /// The nodes, if they are of a driver that we have.
-    pub(crate) fn remote_nodes(&self) -> Result<&[Node]> {
+    /// Whether the driver is one that we have.
+    pub(crate) fn check_driver(&self) -> Result<()> {
         if self.driver == "remote" && !self.nodes.is_empty() {
-            return Ok(&self.nodes);
+            return Ok(());
         }
         let fault = Fault::new(
             Code::Unimplemented,

@@ -10,7 +10,8 @@ use shipway_fault::{Code, Context, Fault, Result};
 
 use crate::{
     Persona,
-    builders::{Builder, Node, Store},
+    builders::{Builder, Store},
+    nodes::Nodes,
 };
 
 /// Which daemon to talk to, and how.
@@ -118,50 +119,48 @@ impl ConnectArgs {
         }))
     }
 
-    /// The names of the builder and its node, under which builds are filed; those of Docker's own
-    /// where the daemon was named by its address.
+    /// The names of the builder and its first node, under which builds are filed; those of Docker's
+    /// own where the daemon was named by its address.
     pub(crate) fn names(&self) -> Result<(String, String)> {
         let found = self.builder(Persona::Shipway)?;
-        let names = found.map(|(builder, node)| (builder, node.name));
+        let names = found.and_then(|b| Some((b.name, b.nodes.into_iter().next()?.name)));
         Ok(names.unwrap_or_else(|| ("default".to_owned(), "default".to_owned())))
     }
 
-    /// The builder that was named, or that is used where no address is told, and its first node.
-    fn builder(&self, persona: Persona) -> Result<Option<(String, Node)>> {
+    /// The builder that was named, or that is used where no address is given.
+    fn builder(&self, persona: Persona) -> Result<Option<Builder>> {
         let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
         if persona != Persona::Shipway || self.addr.as_ref().is_some_and(|a| !a.is_empty()) {
             return Ok(None);
         }
-        let first = |builder: Builder| {
-            builder
-                .remote_nodes()
-                .map(|nodes| nodes[0].clone())
-                .map(|n| Some((builder.name.clone(), n)))
-        };
+        let checked = |builder: Builder| builder.check_driver().map(|()| Some(builder));
         if let Some(name) = &self.builder {
-            return first(Store::open()?.need(name).context(|| "--builder")?);
+            return checked(Store::open()?.need(name).context(|| "--builder")?);
         }
         if set("SHIPWAY_HOST").or_else(|| set("BUILDKIT_HOST")).is_some() {
             return Ok(None);
         }
         if let Some(name) = set("BUILDX_BUILDER") {
-            return first(Store::open()?.need(&name).context(|| "$BUILDX_BUILDER")?);
+            return checked(Store::open()?.need(&name).context(|| "$BUILDX_BUILDER")?);
         }
         // One of another driver is buildx's to use.
         let current = Store::open_existing()?.map(|store| store.current()).transpose()?.flatten();
-        let current = current.filter(|b| b.driver == "remote");
-        Ok(current.and_then(|b| Some((b.name, b.nodes.into_iter().next()?))))
+        Ok(current.filter(|builder| builder.check_driver().is_ok()))
     }
 
-    /// Connects.
-    pub(crate) async fn connect(&self, persona: Persona) -> Result<Client> {
-        if let Some((_, node)) = self.builder(persona)? {
-            return crate::command::builders::connect(&node, self.wait).await;
+    /// The nodes of the builder, or the daemon; nothing is connected yet.
+    pub(crate) fn nodes(&self, persona: Persona) -> Result<Nodes> {
+        if let Some(builder) = self.builder(persona)? {
+            return Nodes::of(builder, self.wait);
         }
         let location = self.location(persona)?;
         let tls = self.tls(&location)?;
-        let timeout = (self.timeout > 0).then(|| Duration::from_secs(self.timeout));
-        Client::connect(&location, &ConnectOptions { tls, timeout, wait: self.wait }).await
+        Ok(Nodes::at(location, ConnectOptions { tls, timeout: self.patience(), wait: self.wait }))
+    }
+
+    /// Connects, to the first of several nodes.
+    pub(crate) async fn connect(&self, persona: Persona) -> Result<Client> {
+        self.nodes(persona)?.client(0).await
     }
 
     /// How long connecting may take.

@@ -19,6 +19,7 @@ mod csv;
 mod explain;
 mod failure;
 mod metrics;
+mod nodes;
 mod notes;
 mod output;
 mod places;
@@ -27,6 +28,7 @@ mod run;
 mod shipway;
 mod size;
 mod spec;
+mod spread;
 mod table;
 mod template;
 

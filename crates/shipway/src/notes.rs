@@ -8,6 +8,8 @@ use shipway_gocompat::parse_bool;
 
 use futures::StreamExt as _;
 
+use crate::nodes::Nodes;
+
 /// Most bytes of provenance.
 const MAX_PROVENANCE: u64 = 64 << 20;
 const PREDICATE: &str = "in-toto.io/predicate-type";
@@ -23,15 +25,13 @@ enum Provenance {
 
 /// What is written.
 pub(crate) struct Notes {
-    /// Names of the builder and its node.
-    names: (String, String),
     provenance: Provenance,
     warnings: bool,
 }
 
 impl Notes {
     /// As the environment says.
-    pub(crate) fn of(names: (String, String), env: impl Fn(&str) -> Option<String>) -> Self {
+    pub(crate) fn of(env: impl Fn(&str) -> Option<String>) -> Self {
         let mode = env("BUILDX_METADATA_PROVENANCE").unwrap_or_default();
         let provenance = match mode.as_str() {
             "max" => Provenance::Max,
@@ -40,26 +40,29 @@ impl Notes {
             _ => Provenance::Min,
         };
         let warnings = env("BUILDX_METADATA_WARNINGS").and_then(|v| parse_bool(&v));
-        Self { names, provenance, warnings: warnings.unwrap_or(false) }
+        Self { provenance, warnings: warnings.unwrap_or(false) }
     }
 
-    /// The id of a build with the names that it is filed under.
-    fn reference(&self, outcome: &Outcome) -> String {
-        format!("{}/{}/{}", self.names.0, self.names.1, outcome.reference)
-    }
-
-    /// What is written of a build that ended well.
+    /// What is written of a build that ended well, in parts on `nodes`; its id is that of the first,
+    /// with the names that it is filed under.
     pub(crate) async fn of_build(
         &self,
-        client: &Client,
-        outcome: &Outcome,
+        nodes: &Nodes,
+        outcomes: &[(usize, Outcome)],
     ) -> Result<Map<String, Value>> {
         let mut notes = Map::new();
-        notes.insert("buildx.build.ref".to_owned(), self.reference(outcome).into());
-        if self.provenance != Provenance::Disabled {
-            self.provenance(client, &outcome.reference, &mut notes)
-                .await
-                .map_err(|f| f.context("read the provenance for the metadata file"))?;
+        for (n, (node, outcome)) in outcomes.iter().enumerate() {
+            if n == 0 {
+                let (builder, name) = nodes.names(*node);
+                let id = format!("{builder}/{name}/{}", outcome.reference);
+                notes.insert("buildx.build.ref".to_owned(), id.into());
+            }
+            if self.provenance != Provenance::Disabled {
+                let client = nodes.client(*node).await?;
+                self.provenance(&client, &outcome.reference, &mut notes)
+                    .await
+                    .map_err(|f| f.context("read the provenance for the metadata file"))?;
+            }
         }
         Ok(notes)
     }
@@ -177,7 +180,7 @@ mod tests {
     #[test]
     fn the_environment_says_how_much_is_written() {
         let mode = |value: Option<&str>| {
-            Notes::of(Default::default(), |name| {
+            Notes::of(|name| {
                 value.filter(|_| name == "BUILDX_METADATA_PROVENANCE").map(str::to_owned)
             })
             .provenance

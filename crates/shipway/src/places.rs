@@ -19,7 +19,7 @@ pub(crate) struct RegistryArgs {
     #[arg(long)]
     insecure: bool,
     /// Directory with a hosts.toml for each registry, as containerd has it
-    #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
+    #[arg(long, value_name = "DIR", default_value = REGISTRY_CONFIG)]
     registry_config: PathBuf,
 }
 
@@ -62,7 +62,15 @@ pub(crate) struct Registries {
     insecure: bool,
 }
 
+/// Where containerd has what is known of registries.
+const REGISTRY_CONFIG: &str = "/etc/containerd/certs.d";
+
 impl RegistryArgs {
+    /// As without flags but, maybe, `--insecure`.
+    pub(crate) fn usual(insecure: bool) -> Self {
+        Self { insecure, registry_config: REGISTRY_CONFIG.into() }
+    }
+
     /// Nothing is dialed yet.
     pub(crate) fn open(&self) -> Result<Registries> {
         let config_path = Some(self.registry_config.clone());

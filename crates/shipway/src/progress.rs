@@ -5,6 +5,7 @@
 //! terminal slows no transfer.
 
 mod colors;
+mod parts;
 mod plain;
 mod screen;
 mod tasks;
@@ -21,8 +22,11 @@ use shipway_client::{Status, Warning};
 use shipway_fault::{Fault, Result, nearest};
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
-pub(crate) use self::tasks::{Task, Tasks};
 use self::{colors::Palette, plain::Plain, trace::Trace, tty::Tty};
+pub(crate) use self::{
+    parts::part,
+    tasks::{Task, Tasks},
+};
 use crate::explain::Explained;
 
 /// Events waiting for the view.

@@ -12,18 +12,12 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     metrics::Metrics,
-    notes::Notes,
-    output,
     progress::{self, Mode, Shown},
 };
 
 /// What accompanies a build.
 #[derive(Default)]
 pub(crate) struct Extras {
-    /// File that gets what the exporters answered.
-    pub(crate) metadata_file: Option<PathBuf>,
-    /// What buildx writes into it besides.
-    pub(crate) notes: Option<Notes>,
     /// File to which every event is added as JSON.
     pub(crate) trace: Option<PathBuf>,
     /// Where it is written what came from the cache.
@@ -37,6 +31,15 @@ pub(crate) async fn build(
     mode: Mode,
     extras: &Extras,
 ) -> Result<(Outcome, Shown)> {
+    watched(mode, extras, async |events, stop| client.build(options, events, stop).await).await
+}
+
+/// Does `work` in a view until Ctrl-C stops it; gives its result and what the view leaves behind.
+pub(crate) async fn watched<T>(
+    mode: Mode,
+    extras: &Extras,
+    work: impl AsyncFnOnce(mpsc::Sender<Status>, CancellationToken) -> Result<T>,
+) -> Result<(T, Shown)> {
     let stop = CancellationToken::new();
     let _signals =
         AbortOnDropHandle::new(shipway_task::spawn("watch signals", signals(stop.clone())));
@@ -57,7 +60,7 @@ pub(crate) async fn build(
         }
         false => (events, None),
     };
-    let built = client.build(options, events, stop).await;
+    let done = work(events, stop).await;
     let metrics = match following {
         Some(following) => following.await.ok().flatten(),
         None => None,
@@ -65,19 +68,7 @@ pub(crate) async fn build(
     let shown = view.finish().await?;
     // After everything else, so that it can be found at the end.
     metrics.map(Metrics::write).transpose()?;
-    let outcome = built?;
-    if let Some(path) = &extras.metadata_file {
-        let notes = match &extras.notes {
-            Some(notes) => {
-                let mut all = notes.of_build(client, &outcome).await?;
-                all.extend(notes.of_warnings(&shown.warnings)?);
-                all
-            }
-            None => Default::default(),
-        };
-        output::write_file(path, output::metadata(&outcome.response, notes).as_bytes())?;
-    }
-    Ok((outcome, shown))
+    Ok((done?, shown))
 }
 
 /// Asks a frontend; gives its answer.

@@ -24,10 +24,12 @@ use crate::{
     Persona,
     builders::{BuildState, Store},
     connect::ConnectArgs,
+    nodes::platforms_of,
     notes::Notes,
     output,
     progress::Mode,
     run::{self, Extras},
+    spread::Spread,
 };
 
 /// Build an image from a Dockerfile. Without --output, the image is in containerd's store when the
@@ -223,7 +225,9 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     let input = move || Input::read(reading.0.as_deref(), &reading.1);
     let mut input = shipway_task::blocking("read the context", input).await?;
     let mut options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
-    let client = connect.connect(Persona::Shipway).await?;
+    let nodes = connect.nodes(Persona::Shipway)?;
+    let parts = nodes.choose(&platforms_of(&options.frontend_attrs)?).await?;
+    let client = nodes.client(parts[0].node).await?;
     if let Some(url) = input.awaited_dockerfile() {
         let file = Definition::download(&url, &input.filename);
         let text = client.read(file, &input.filename).await.context(|| format!("read {url}"))?;
@@ -235,22 +239,35 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
         let answer = run::ask(&client, options, mode).await.map_err(|fault| input.named(fault))?;
         return call.print(&answer, &input).map_err(|fault| input.named(fault));
     }
-    let names = connect.names()?;
+    // Nodes that build together know the build by one id, as with buildx.
     options.reference = shipway_client::new_reference()?;
-    remember(&names, &options.reference, &args, &input);
-    let notes = Notes::of(names, |name| std::env::var(name).ok());
-    let extras = Extras {
-        metadata_file: args.metadata_file.clone(),
-        notes: Some(notes),
-        ..Extras::default()
+    for part in &parts {
+        remember(nodes.names(part.node), &options.reference, &args, &input);
+    }
+    let (input, stdin) = match parts.len() {
+        1 => (input, None),
+        _ => {
+            let spool = move || input.spool().map(|stdin| (input, stdin));
+            shipway_task::blocking("read standard input", spool).await?
+        }
     };
-    let (outcome, shown) =
-        run::build(&client, options, mode, &extras).await.map_err(|fault| input.named(fault))?;
+    let spread = Spread::of(&nodes, &parts, &options, stdin.as_ref()).await?;
+    drop(options);
+    let extras = Extras::default();
+    let work = async |events, stop| spread.build(events, stop).await;
+    let (built, shown) =
+        run::watched(mode, &extras, work).await.map_err(|fault| input.named(fault))?;
+    if let Some(path) = &args.metadata_file {
+        let notes = Notes::of(|name| std::env::var(name).ok());
+        let mut all = notes.of_build(&nodes, &built.outcomes).await?;
+        all.extend(notes.of_warnings(&shown.warnings)?);
+        output::write_file(path, output::metadata(&built.response, all).as_bytes())?;
+    }
 
-    let id = outcome
+    let id = built
         .response
         .get("containerimage.digest")
-        .or_else(|| outcome.response.get("containerimage.config.digest"));
+        .or_else(|| built.response.get("containerimage.config.digest"));
     if let Some(path) = &args.iidfile {
         let id = id.ok_or_else(|| {
             Fault::invalid("--iidfile: the build made no image")
@@ -274,7 +291,7 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
 
 /// Notes for `history` where the build's files are, if buildx or we keep builders here: the daemon
 /// does not know it.
-fn remember(names: &(String, String), reference: &str, args: &Args, input: &Input) {
+fn remember(names: (&str, &str), reference: &str, args: &Args, input: &Input) {
     let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
     let local_path = match input.directory() {
@@ -289,7 +306,7 @@ fn remember(names: &(String, String), reference: &str, args: &Args, input: &Inpu
     let target = "default".to_owned();
     let state = BuildState { target, local_path, dockerfile_path, ..BuildState::default() };
     let save = || match Store::open_existing()? {
-        Some(store) => store.save_build_state((&names.0, &names.1, reference), &state),
+        Some(store) => store.save_build_state((names.0, names.1, reference), &state),
         None => Ok(()),
     };
     if let Err(fault) = save() {

@@ -179,7 +179,9 @@ pub(crate) async fn create(args: CreateArgs) -> Result<()> {
             Builder { name, driver: "remote".into(), ..Builder::default() }
         }
     };
-    builder.remote_nodes_or_new()?;
+    if !builder.nodes.is_empty() {
+        builder.check_driver()?;
+    }
     if args.leave {
         let node = args.node.as_deref().ok_or_else(|| {
             Fault::invalid("leave requires instance name and node name").hint("name it with --node")
@@ -200,12 +202,6 @@ pub(crate) async fn create(args: CreateArgs) -> Result<()> {
         }
     }
     output::print(&format!("{}\n", builder.name))
-}
-
-impl Builder {
-    fn remote_nodes_or_new(&self) -> Result<()> {
-        if self.nodes.is_empty() { Ok(()) } else { self.remote_nodes().map(drop) }
-    }
 }
 
 fn free_name(store: &Store) -> Result<String> {
@@ -292,7 +288,7 @@ pub(crate) fn use_builder(args: &UseArgs) -> Result<()> {
 }
 
 /// Connects to a node.
-pub(crate) async fn connect(node: &Node, wait: bool) -> Result<Client> {
+pub(crate) async fn connect(_driver: &str, node: &Node, wait: bool) -> Result<Client> {
     let location: Location = node.endpoint.parse()?;
     let options = ConnectOptions { tls: node.tls()?, timeout: Some(PATIENCE), wait };
     Client::connect(&location, &options)
@@ -302,7 +298,7 @@ pub(crate) async fn connect(node: &Node, wait: bool) -> Result<Client> {
 
 /// What a node says of itself.
 async fn answer(node: &Node, wait: bool) -> Result<(String, Vec<WorkerInfo>)> {
-    let client = connect(node, wait).await?;
+    let client = connect("remote", node, wait).await?;
     let version = client.info().await.map(|info| info.buildkit_version.version);
     Ok((version.unwrap_or_default(), client.workers(Vec::new()).await?))
 }
@@ -430,7 +426,7 @@ pub(crate) async fn remove(args: RemoveArgs) -> Result<()> {
     for builder in builders {
         // What other drivers started would be left behind.
         builder
-            .remote_nodes()
+            .check_driver()
             .map_err(|f| f.context("remove the builder").hint("use docker buildx rm"))?;
         store.remove(&builder.name)?;
         output::print(&format!("{} removed\n", builder.name))?;
@@ -441,7 +437,7 @@ pub(crate) async fn remove(args: RemoveArgs) -> Result<()> {
 pub(crate) fn stop(args: &StopArgs) -> Result<()> {
     for builder in named(&Store::open()?, &args.names)? {
         // The daemon of a remote builder is not ours to stop, and buildx lets it run, too.
-        builder.remote_nodes().map_err(|f| f.context("stop the builder"))?;
+        builder.check_driver().map_err(|f| f.context("stop the builder"))?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::{
     path::PathBuf,
 };
 
+use serde_json::Map;
 use shipway_client::{
     Answer, Client, Definition, DockerConfig, LocalDirs, Policy, SolveOptions, shared_key,
 };
@@ -89,12 +90,8 @@ pub(crate) struct Args {
 pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
     let (mode, ref_file) =
         (mode(args.progress, std::env::var("BUILDKIT_PROGRESS").ok())?, args.ref_file.clone());
-    let extras = Extras {
-        metadata_file: args.metadata_file.clone(),
-        notes: None,
-        trace: args.trace.clone(),
-        metrics: args.debug_json_cache_metrics.clone(),
-    };
+    let extras =
+        Extras { trace: args.trace.clone(), metrics: args.debug_json_cache_metrics.clone() };
     let mut options = options(&args, &|name| std::env::var(name).ok())?;
     if options.frontend.is_empty() {
         let mut definition = shipway_task::blocking("read the definition", read_definition).await?;
@@ -110,7 +107,11 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
             true => run::ask(client, options, mode)
                 .await
                 .and_then(|answer| output::print(&summary(&answer))),
-            false => run::build(client, options, mode, &extras).await.map(drop),
+            false => run::build(client, options, mode, &extras).await.and_then(|(outcome, _)| {
+                let Some(path) = &args.metadata_file else { return Ok(()) };
+                let text = output::metadata(&outcome.response, Map::new());
+                output::write_file(path, text.as_bytes())
+            }),
         };
     if let Some(path) = ref_file {
         output::write_file(&path, reference.as_bytes())?;

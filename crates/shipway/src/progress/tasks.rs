@@ -47,16 +47,7 @@ impl Tasks {
 
     /// Begins a task.
     pub(crate) async fn begin(&self, name: &str) -> Task {
-        let vertex = Vertex {
-            digest: Digest::of(name).to_string(),
-            name: name.to_owned(),
-            started: Some(Time::now()),
-            ..Vertex::default()
-        };
-        let task =
-            Task { events: self.events.clone(), vertex: vertex.clone(), counters: Arc::default() };
-        task.send(Status { vertexes: vec![vertex], ..Status::default() }).await;
-        task
+        Task::begin(&self.events, name).await
     }
 
     /// Waits until everything is drawn.
@@ -67,6 +58,20 @@ impl Tasks {
 }
 
 impl Task {
+    /// Begins a task in a view that shows others, too.
+    pub(crate) async fn begin(events: &mpsc::Sender<Status>, name: &str) -> Self {
+        let vertex = Vertex {
+            digest: Digest::of(name).to_string(),
+            name: name.to_owned(),
+            started: Some(Time::now()),
+            ..Vertex::default()
+        };
+        let task =
+            Self { events: events.clone(), vertex: vertex.clone(), counters: Arc::default() };
+        task.send(Status { vertexes: vec![vertex], ..Status::default() }).await;
+        task
+    }
+
     async fn send(&self, status: Status) {
         // A view that is gone must not end the work.
         let _ = self.events.send(status).await;

@@ -21,17 +21,22 @@ use crate::{
     Persona,
     command::build::{self, Prepared},
     connect::ConnectArgs,
+    nodes::{Nodes, Part, platforms_of},
     notes::Notes,
-    output, progress,
-    progress::Mode,
+    output,
+    progress::{self, Mode},
     run,
+    spread::{self, Built, Join},
 };
 
-/// What became of one target.
+/// What became of one target on one node.
 enum Done {
     Held(Box<Held>),
     Built(Outcome),
 }
+
+/// A target on a node.
+type Place = (String, usize);
 
 pub(super) async fn run(
     connect: &ConnectArgs,
@@ -50,10 +55,10 @@ pub(super) async fn run(
         let one = one.await.map_err(|f| f.context(format!("target {name}")))?;
         prepared.insert(name, one);
     }
-    let client = connect.connect(Persona::Shipway).await?;
+    let nodes = connect.nodes(Persona::Shipway)?;
     let mode = args.progress.unwrap_or(Mode::Auto);
     if prepared.values().any(Prepared::is_question) {
-        return ask(&client, prepared, &planned.plan, mode).await;
+        return ask(&nodes.client(0).await?, prepared, &planned.plan, mode).await;
     }
     let links: BTreeMap<String, Vec<(String, String)>> = planned
         .plan
@@ -73,17 +78,16 @@ pub(super) async fn run(
         .filter(|(_, t)| t.linked)
         .map(|(name, _)| name.clone())
         .collect();
+    let work = Work::of(&nodes, links, only_linked, &prepared).await?;
     let (events, view) = progress::start(mode, "Building")?;
-    let work = Work { client: client.clone(), links, only_linked, several: prepared.len() > 1 };
-    let built = work.carry_out(prepared, events).await;
+    let (built, fault) = work.carry_out(prepared, events).await;
     let shown = view.finish().await?;
-    let (outcomes, fault) = built;
     if let (Some(path), None) = (&args.metadata_file, &fault) {
-        let notes = Notes::of(connect.names()?, |name| std::env::var(name).ok());
+        let notes = Notes::of(|name| std::env::var(name).ok());
         let mut metadata = Map::new();
-        for (name, outcome) in &outcomes {
-            let more = notes.of_build(&client, outcome).await?;
-            let text = output::metadata(&outcome.response, more);
+        for (name, built) in &built {
+            let more = notes.of_build(&nodes, &built.outcomes).await?;
+            let text = output::metadata(&built.response, more);
             metadata.insert(name.clone(), serde_json::from_str(&text).unwrap_or_default());
         }
         metadata.extend(notes.of_warnings(&shown.warnings)?);
@@ -132,30 +136,67 @@ async fn ask(
 }
 
 /// What is known while targets are built.
-struct Work {
-    client: Client,
+struct Work<'a> {
+    nodes: &'a Nodes,
+    /// The parts of each target.
+    parts: BTreeMap<String, Vec<Part>>,
+    /// What others go on from, on each node.
+    needed: BTreeSet<Place>,
+    /// What is solved for each of these.
+    solves: HashMap<Place, SolveOptions>,
+    /// What becomes of targets that several nodes build.
+    joins: BTreeMap<String, Join>,
     /// Contexts of each target that are other targets.
     links: BTreeMap<String, Vec<(String, String)>>,
     /// Targets that nobody asked for.
     only_linked: BTreeSet<String>,
-    several: bool,
 }
 
-impl Work {
-    /// Builds everything; the outcomes, and the first failure.
+/// Directories that are offered, by node and by what they are.
+type Shared = HashMap<(usize, Vec<(String, PathBuf)>), Arc<SharedDirs>>;
+
+impl<'a> Work<'a> {
+    async fn of(
+        nodes: &'a Nodes,
+        links: BTreeMap<String, Vec<(String, String)>>,
+        only_linked: BTreeSet<String>,
+        prepared: &BTreeMap<String, Prepared>,
+    ) -> Result<Self> {
+        let mut parts = BTreeMap::new();
+        for (name, one) in prepared {
+            let at = |fault: Fault| fault.context(format!("target {name}"));
+            let platforms = platforms_of(&one.options.frontend_attrs).map_err(at)?;
+            parts.insert(name.clone(), nodes.choose(&platforms).await.map_err(at)?);
+        }
+        let asked_for = places(&parts).filter(|(name, _)| !only_linked.contains(name));
+        let needed = needed(&links, &parts, asked_for)?;
+        let (mut solves, mut joins) = (HashMap::new(), BTreeMap::new());
+        for (name, parts) in &parts {
+            let split = spread::split(&prepared[name].options, parts);
+            let (all, join) = split.map_err(|f| f.context(format!("target {name}")))?;
+            joins.extend(join.map(|join| (name.clone(), join)));
+            solves.extend(parts.iter().zip(all).map(|(p, s)| ((name.clone(), p.node), s)));
+        }
+        for place in &needed {
+            solves.entry(place.clone()).or_insert_with(|| prepared[&place.0].options.clone());
+        }
+        Ok(Self { nodes, parts, needed, solves, joins, links, only_linked })
+    }
+
+    /// Builds everything; what was built, and the first failure.
     async fn carry_out(
         &self,
         prepared: BTreeMap<String, Prepared>,
         events: mpsc::Sender<Status>,
-    ) -> (BTreeMap<String, Outcome>, Option<Fault>) {
+    ) -> (BTreeMap<String, Built>, Option<Fault>) {
         let stop = CancellationToken::new();
         let _signals = AbortOnDropHandle::new(shipway_task::spawn(
             "watch signals",
             run::signals(stop.clone()),
         ));
-        let mut held: HashMap<String, Held> = HashMap::new();
-        let mut outcomes = BTreeMap::new();
-        let mut failure = match self.share(&prepared).await {
+        let mut held: HashMap<Place, Held> = HashMap::new();
+        let mut outcomes = HashMap::new();
+        let mut failure = match self.share().await {
             Ok(shared) => {
                 let (built, fault) =
                     self.schedule(prepared, &shared, &mut held, &stop, &events).await;
@@ -164,28 +205,65 @@ impl Work {
             }
             Err(fault) => Some(fault),
         };
+        let mut built = BTreeMap::new();
+        if failure.is_none() {
+            match self.join(outcomes, &events, &stop).await {
+                Ok(all) => built = all,
+                Err(fault) => failure = Some(fault),
+            }
+        }
         // What others went on from is let go when all are done.
-        for (name, one) in held {
+        for ((name, _), one) in held {
             if let Err(fault) = one.release().await {
                 failure.get_or_insert(fault.context(format!("target {name}")));
             }
         }
-        drop(events);
-        (outcomes, failure)
+        (built, failure)
     }
 
-    /// Directories that targets have in common are offered once for all of them.
-    async fn share(
+    /// Puts together what the nodes built of each target.
+    async fn join(
         &self,
-        prepared: &BTreeMap<String, Prepared>,
-    ) -> Result<HashMap<Vec<(String, PathBuf)>, Arc<SharedDirs>>> {
+        mut outcomes: HashMap<Place, Outcome>,
+        events: &mpsc::Sender<Status>,
+        stop: &CancellationToken,
+    ) -> Result<BTreeMap<String, Built>> {
+        let mut built = BTreeMap::new();
+        for (name, parts) in self.parts.iter().filter(|(name, _)| self.is_asked_for(name)) {
+            let of = |part: &Part| {
+                let outcome = outcomes.remove(&(name.clone(), part.node))?;
+                Some((part.node, outcome))
+            };
+            let all: Vec<(usize, Outcome)> = parts.iter().filter_map(of).collect();
+            let response = match self.joins.get(name) {
+                Some(join) => {
+                    let all: Vec<&Outcome> = all.iter().map(|(_, outcome)| outcome).collect();
+                    let pushed = tokio::select! {
+                        pushed = join.push(&all, events) => pushed,
+                        () = stop.cancelled() => Err(Fault::cancelled()),
+                    };
+                    pushed.map_err(|f| f.context(format!("target {name}")))?
+                }
+                None => all.first().map(|(_, o)| o.response.clone()).unwrap_or_default(),
+            };
+            built.insert(name.clone(), Built { response, outcomes: all });
+        }
+        Ok(built)
+    }
+
+    fn is_asked_for(&self, name: &str) -> bool {
+        !self.only_linked.contains(name)
+    }
+
+    /// Directories that targets have in common are offered once to each node for all of them.
+    async fn share(&self) -> Result<Shared> {
         let mut shared = HashMap::new();
-        for one in prepared.values().filter(|p| !p.options.dirs.is_empty()) {
-            let key = dirs(&one.options.dirs);
-            if let Entry::Vacant(place) = shared.entry(key) {
-                let dirs = one.options.dirs.clone();
+        for ((_, node), options) in self.solves.iter().filter(|(_, s)| !s.dirs.is_empty()) {
+            if let Entry::Vacant(place) = shared.entry((*node, dirs(&options.dirs))) {
+                let dirs = options.dirs.clone();
                 let stable = shared_key(dirs.iter());
-                place.insert(Arc::new(self.client.share(dirs, &stable).await?));
+                let client = self.nodes.client(*node).await?;
+                place.insert(Arc::new(client.share(dirs, &stable).await?));
             }
         }
         Ok(shared)
@@ -194,64 +272,63 @@ impl Work {
     async fn schedule(
         &self,
         prepared: BTreeMap<String, Prepared>,
-        shared: &HashMap<Vec<(String, PathBuf)>, Arc<SharedDirs>>,
-        held: &mut HashMap<String, Held>,
+        shared: &Shared,
+        held: &mut HashMap<Place, Held>,
         stop: &CancellationToken,
         events: &mpsc::Sender<Status>,
-    ) -> (BTreeMap<String, Outcome>, Option<Fault>) {
-        let used: BTreeSet<&str> =
-            self.links.values().flatten().map(|(_, target)| target.as_str()).collect();
+    ) -> (HashMap<Place, Outcome>, Option<Fault>) {
         // What is used is held first, and then built if it was asked for, too.
-        let mut waiting: Vec<(String, bool)> = prepared
-            .keys()
-            .flat_map(|name| {
-                let hold = used.contains(name.as_str()).then(|| (name.clone(), true));
-                let build = !self.only_linked.contains(name);
-                hold.into_iter().chain(build.then(|| (name.clone(), false)))
-            })
-            .collect();
-        let mut running: JoinSet<(String, Result<Done>)> = JoinSet::new();
-        let (mut outcomes, mut failure) = (BTreeMap::new(), None);
+        let hold = self.needed.iter().map(|place| (place.clone(), true));
+        let build = places(&self.parts).filter(|(name, _)| self.is_asked_for(name));
+        let mut waiting: Vec<(Place, bool)> =
+            hold.chain(build.map(|place| (place, false))).collect();
+        let mut running: JoinSet<(Place, Result<Done>)> = JoinSet::new();
+        let (mut outcomes, mut failure) = (HashMap::new(), None);
         // Kept to the end: what standard input or a temporary Dockerfile hold is read meanwhile.
         let prepared = prepared;
         loop {
-            let ready = |held: &HashMap<String, Held>, (name, hold): &(String, bool)| {
-                self.links[name].iter().all(|(_, other)| held.contains_key(other))
-                    && (*hold || !used.contains(name.as_str()) || held.contains_key(name))
+            let ready = |held: &HashMap<Place, Held>, (place, hold): &(Place, bool)| {
+                let (name, node) = place;
+                self.links[name].iter().all(|(_, other)| held.contains_key(&(other.clone(), *node)))
+                    && (*hold || !self.needed.contains(place) || held.contains_key(place))
             };
             let (now, later): (Vec<_>, Vec<_>) =
                 waiting.into_iter().partition(|one| failure.is_none() && ready(&*held, one));
             waiting = later;
-            for (name, hold) in now {
-                let mut options = prepared[&name].options.clone();
-                if let Some(shared) = shared.get(&dirs(&options.dirs)) {
+            for (place, hold) in now {
+                let (name, node) = &place;
+                let mut options = self.solves[&place].clone();
+                if let Some(shared) = shared.get(&(*node, dirs(&options.dirs))) {
                     shared.give(&mut options);
                 }
-                for (context, other) in &self.links[&name] {
-                    give(&held[other], context, &mut options);
+                for (context, other) in &self.links[name] {
+                    give(&held[&(other.clone(), *node)], context, &mut options);
                 }
-                let (client, stop) = (self.client.clone(), stop.clone());
-                let events = self.named(&name, events);
-                let task = async move {
-                    let done = match hold {
-                        true => tokio::select! {
-                            held = client.hold(options, events) => held.map(|held| Done::Held(Box::new(held))),
-                            () = stop.cancelled() => Err(Fault::cancelled()),
-                        },
-                        false => client.build(options, events, stop).await.map(Done::Built),
-                    };
-                    (name, done)
+                let client = match self.nodes.client(*node).await {
+                    Ok(client) => client,
+                    Err(fault) => {
+                        failure.get_or_insert(fault.context(format!("target {name}")));
+                        stop.cancel();
+                        break;
+                    }
                 };
-                running.spawn(shipway_task::named("build a target", task));
+                let events = self.named(&place, events);
+                running.spawn(shipway_task::named(
+                    "build a target",
+                    one(place, hold, client, options, events, stop.clone()),
+                ));
             }
             match running.join_next().await {
                 None => return (outcomes, failure),
-                Some(Ok((name, Ok(Done::Held(one))))) => _ = held.insert(name, *one),
-                Some(Ok((name, Ok(Done::Built(outcome))))) => _ = outcomes.insert(name, outcome),
-                Some(Ok((name, Err(fault)))) => {
+                Some(Ok((place, Ok(Done::Held(one))))) => _ = held.insert(place, *one),
+                Some(Ok((place, Ok(Done::Built(outcome))))) => _ = outcomes.insert(place, outcome),
+                Some(Ok(((name, node), Err(fault)))) => {
                     // The others are cancelled by the first, and have nothing to add.
-                    let fault = fault.context(format!("target {name}"));
-                    let fault = prepared[&name].named(fault);
+                    let fault = match self.parts[&name].len() {
+                        1 => fault,
+                        _ => fault.context(format!("node {}", self.nodes.names(node).1)),
+                    };
+                    let fault = prepared[&name].named(fault.context(format!("target {name}")));
                     failure.get_or_insert(fault);
                     stop.cancel();
                 }
@@ -263,28 +340,72 @@ impl Work {
         }
     }
 
-    /// Events of a target, whose steps are called by its name where there are several.
-    fn named(&self, name: &str, events: &mpsc::Sender<Status>) -> mpsc::Sender<Status> {
-        if !self.several {
-            return events.clone();
+    /// Events of a target, whose steps are called by its name where there are several, and by that
+    /// of the node where it has several.
+    fn named(&self, (name, node): &Place, events: &mpsc::Sender<Status>) -> mpsc::Sender<Status> {
+        let targets = (self.parts.len() > 1).then_some(name.as_str());
+        // A step of one target is another's, too, but not on another node.
+        let node = self.nodes.are_several().then(|| self.nodes.names(*node).1);
+        let shown = node.filter(|_| self.parts[name].len() > 1);
+        let words: Vec<&str> = targets.into_iter().chain(shown).collect();
+        match words.is_empty() {
+            true => events.clone(),
+            false => progress::part(events, &words.join(" "), node),
         }
-        let (sender, mut queue) = mpsc::channel::<Status>(64);
-        let (name, events) = (name.to_owned(), events.clone());
-        shipway_task::spawn("name the steps of a target", async move {
-            while let Some(mut status) = queue.recv().await {
-                for vertex in &mut status.vertexes {
-                    vertex.name = match vertex.name.strip_prefix('[') {
-                        Some(rest) => format!("[{name} {rest}"),
-                        None => format!("[{name}] {}", vertex.name),
-                    };
-                }
-                if events.send(status).await.is_err() {
-                    return;
-                }
-            }
-        });
-        sender
     }
+}
+
+/// All parts of all targets.
+fn places(parts: &BTreeMap<String, Vec<Part>>) -> impl Iterator<Item = Place> {
+    parts.iter().flat_map(|(name, parts)| parts.iter().map(|part| (name.clone(), part.node)))
+}
+
+/// One target on one node.
+async fn one(
+    place: Place,
+    hold: bool,
+    client: Client,
+    options: SolveOptions,
+    events: mpsc::Sender<Status>,
+    stop: CancellationToken,
+) -> (Place, Result<Done>) {
+    let done = match hold {
+        true => tokio::select! {
+            held = client.hold(options, events) => held.map(|held| Done::Held(Box::new(held))),
+            () = stop.cancelled() => Err(Fault::cancelled()),
+        },
+        false => client.build(options, events, stop).await.map(Done::Built),
+    };
+    (place, done)
+}
+
+/// What targets go on from, on the nodes where these are built: wherever that is if it names no
+/// platform, and otherwise its own nodes must do.
+fn needed(
+    links: &BTreeMap<String, Vec<(String, String)>>,
+    parts: &BTreeMap<String, Vec<Part>>,
+    asked_for: impl Iterator<Item = Place>,
+) -> Result<BTreeSet<Place>> {
+    let mut needed = BTreeSet::new();
+    let mut open: Vec<Place> = asked_for.collect();
+    while let Some((name, node)) = open.pop() {
+        for (context, other) in &links[&name] {
+            let known = &parts[other];
+            let anywhere = known.iter().all(|part| part.platforms.is_empty());
+            if !anywhere && known.iter().all(|part| part.node != node) {
+                return Err(Fault::invalid(format!(
+                    "failed to use {other} as context {context} for {name} because targets build \
+                     with different drivers"
+                ))
+                .hint(format!("give {other} the platforms of {name}")));
+            }
+            let place = (other.clone(), node);
+            if needed.insert(place.clone()) {
+                open.push(place);
+            }
+        }
+    }
+    Ok(needed)
 }
 
 fn dirs(dirs: &LocalDirs) -> Vec<(String, PathBuf)> {

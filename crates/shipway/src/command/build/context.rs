@@ -6,7 +6,7 @@ use std::{
 };
 
 use shipway_fault::{Fault, Result};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 /// Largest Dockerfile on standard input.
 const MAX_DOCKERFILE: u64 = 16 << 20;
@@ -167,6 +167,16 @@ impl Input {
         self.dockerfile_dir = Some(dir.path().to_owned());
         self._kept.push(dir);
         Ok(())
+    }
+
+    /// The context, if it comes on standard input, as a file that several can read.
+    pub(super) fn spool(&self) -> Result<Option<NamedTempFile>> {
+        let Place::Stdin(head) = &self.context else { return Ok(None) };
+        let failed = |e| Fault::io("keep the context from standard input", e);
+        let mut file = tempfile::Builder::new().prefix("shipway-").tempfile().map_err(failed)?;
+        let mut whole = head.as_slice().chain(std::io::stdin().lock());
+        std::io::copy(&mut whole, &mut file).map_err(failed)?;
+        Ok(Some(file))
     }
 
     /// A tar is a context; anything else is a Dockerfile, whose context is empty.
