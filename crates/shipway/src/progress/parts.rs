@@ -97,7 +97,7 @@ mod tests {
         while let Some(status) = queue.recv().await {
             let vertex = status.vertexes[0].clone();
             // All that belongs to the step follows it.
-            assert_eq!(vertex.inputs, [vertex.digest.clone()]);
+            assert_eq!(vertex.inputs, std::slice::from_ref(&vertex.digest));
             assert_eq!(status.logs[0].vertex, vertex.digest);
             assert_eq!(status.warnings[0].vertex, vertex.digest);
             assert!(vertex.digest.parse::<Digest>().is_ok());
