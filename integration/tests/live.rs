@@ -8,6 +8,7 @@ mod bake;
 mod build;
 mod buildctl;
 mod buildx;
+mod ca;
 mod cache;
 mod context;
 mod contexts;

@@ -23,13 +23,17 @@ impl Drop for Bridge {
     }
 }
 
-/// A lab whose steps are on a bridge of their own; with it the directory of the addresses in use.
-fn lab_on_a_bridge() -> (Lab, PathBuf) {
-    let bin = PLUG_INS
-        .iter()
-        .find(|d| Path::new(d).join("bridge").exists())
-        .expect("no CNI plug-ins; `cargo xtask test` installs them");
-    let mut lab = Lab::on(any());
+/// Where the plug-ins are here.
+fn plug_ins() -> &'static str {
+    let mut all = PLUG_INS.iter();
+    all.find(|d| Path::new(d).join("bridge").exists())
+        .expect("no CNI plug-ins; `cargo xtask test` installs them")
+}
+
+/// A lab with the configuration of a bridge of its own; with it the directory of the addresses in
+/// use.
+fn lab_with_a_bridge() -> (Lab, PathBuf, PathBuf) {
+    let lab = Lab::on(any());
     let (config, addresses) = (lab.dir().join("cni.json"), lab.dir().join("addresses"));
     let subnet =
         format!("10.{}.{}.0/24", 100 + std::process::id() / 256 % 100, std::process::id() % 256);
@@ -43,12 +47,104 @@ fn lab_on_a_bridge() -> (Lab, PathBuf) {
         r#"{{"cniVersion":"1.0.0","name":"swt","plugins":[{{"type":"loopback"}},{bridge}]}}"#
     );
     std::fs::write(&config, plug_ins).unwrap();
-    let config = config.display();
+    (lab, config, addresses)
+}
+
+/// A lab whose steps are on a bridge of their own; with it the directory of the addresses in use.
+fn lab_on_a_bridge() -> (Lab, PathBuf) {
+    let (mut lab, config, addresses) = lab_with_a_bridge();
+    let (config, bin) = (config.display(), plug_ins());
     lab.configure_worker(&format!("networkMode = \"cni\"\ncniConfigPath = \"{config}\"\ncniBinaryPath = \"{bin}\"\ncniPoolSize = 2\n"));
     lab.start_registry();
     BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
     lab.start_daemon();
     (lab, addresses)
+}
+
+/// What a step does on the bridge of [`lab_with_a_bridge`].
+const ON_BRIDGE: &str = "ip -4 addr show eth0 | grep -q 'inet 10[.]1[0-9][0-9][.]'";
+
+#[test]
+fn a_network_by_name_is_for_builds_that_are_granted_it() {
+    let _bridge = Bridge;
+    let (mut lab, config, addresses) = lab_with_a_bridge();
+    lab.configure_worker("networkMode = \"host\"\n");
+    let (config, bin) = (config.display().to_string(), plug_ins());
+    lab.configure_daemon(&format!(
+        "[networks.corp]\n  cniConfigPath = \"{config}\"\n  cniBinaryPath = \"{bin}\"\n"
+    ));
+    lab.start_registry();
+    BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
+    lab.start_daemon();
+    let text = format!(
+        "FROM busybox\nRUN --network=corp {ON_BRIDGE}\nRUN ! ({ON_BRIDGE})\nRUN --network=none ! ({ON_BRIDGE})\n"
+    );
+    let context = lab.context("named", &[("Dockerfile", &*text)]);
+    let refused = || {
+        let refused = build(&lab, "named:1", &context, &[]).failed();
+        assert!(refused.all().contains("network.corp is not allowed"), "{}", refused.all());
+        assert!(refused.all().contains("--allow network.corp"), "{}", refused.all());
+    };
+    refused();
+    assert_eq!(in_use(&addresses), 0);
+    build(&lab, "named:1", &context, &["--allow", "network.corp"]).ok();
+    assert_eq!(in_use(&addresses), 1);
+    // What is cached needs the permission, too.
+    refused();
+    // All steps of a build; one that says otherwise is elsewhere.
+    let text =
+        format!("FROM busybox\nRUN {ON_BRIDGE} && true\nRUN --network=none ! ({ON_BRIDGE})\n");
+    let all = lab.context("all", &[("Dockerfile", &*text)]);
+    let flags = ["--network", "corp", "--allow", "network.corp"];
+    build(&lab, "named:2", &all, &flags).ok();
+    assert_eq!(in_use(&addresses), 1, "a clean namespace was not used again");
+    let other =
+        build_text(&lab, "named:3", "FROM busybox\nRUN --network=corporate true\n").failed();
+    assert!(
+        other.all().contains("invalid network mode \"corporate\": no such network")
+            && other.all().contains("the daemon's configuration has corp"),
+        "{}",
+        other.all()
+    );
+    let unknown = build(&lab, "named:4", &all, &["--allow", "network.corporate"]).failed();
+    assert!(unknown.all().contains("no such network"), "{}", unknown.all());
+
+    // A killed daemon's successor gives back what it had; this one asks nobody to ask.
+    lab.kill_daemon();
+    lab.configure_daemon("  autoAllowed = true\n");
+    lab.start_daemon();
+    assert_eq!(in_use(&addresses), 0);
+    build(&lab, "named:5", &all, &["--network", "corp", "--no-cache"]).ok();
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    assert_eq!(in_use(&addresses), 0);
+}
+
+#[test]
+fn steps_resolve_names_as_the_host_does_at_the_moment() {
+    let mut lab = Lab::on(any());
+    let resolver = lab.dir().join("resolv.conf");
+    let servers = |text: &str| std::fs::write(&resolver, text).unwrap();
+    servers("nameserver 192.0.2.1\nsearch one.example\n");
+    lab.configure_daemon(&format!("[dns]\n  resolvConf = \"{}\"\n", resolver.display()));
+    lab.start_registry();
+    BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
+    lab.start_daemon();
+    let seen = |name: &str| {
+        let text = format!(
+            "FROM busybox\nRUN cat /etc/resolv.conf > /{name}\nFROM scratch\nCOPY --from=0 /{name} /\n"
+        );
+        let out = lab.dir().join("out");
+        let context = lab.context(name, &[("Dockerfile", &*text)]);
+        build(&lab, name, &context, &["-o", &out.to_string_lossy()]).ok();
+        std::fs::read_to_string(out.join(name)).unwrap()
+    };
+    assert_eq!(seen("first"), "nameserver 192.0.2.1\nsearch one.example\n");
+    servers("nameserver 192.0.2.2\n");
+    assert_eq!(seen("second"), "nameserver 192.0.2.2\n");
+    std::fs::remove_file(&resolver).unwrap();
+    let failed = build_text(&lab, "third", "FROM busybox\nRUN true\n").failed();
+    assert!(failed.all().contains("resolv.conf, the resolver's configuration"), "{}", failed.all());
+    assert!(failed.all().contains("dns.resolvConf"), "{}", failed.all());
 }
 
 fn in_use(addresses: &Path) -> usize {
@@ -147,10 +243,7 @@ fn a_proxied_step_goes_out_from_the_network_that_it_would_have_had() {
 
 #[test]
 fn a_bridge_of_the_daemons_own_comes_and_goes_with_it() {
-    let bin = PLUG_INS
-        .iter()
-        .find(|d| Path::new(d).join("bridge").exists())
-        .expect("no CNI plug-ins; `cargo xtask test` installs them");
+    let bin = plug_ins();
     let name = format!("swo{}", std::process::id() % 100_000);
     let subnet =
         format!("10.{}.{}.0/24", 200 + std::process::id() / 256 % 50, std::process::id() % 256);

@@ -82,14 +82,15 @@ fn answer(path: &str, peer: IpAddr) -> (&'static str, String) {
 
 /// `openssl s_server` with a certificate for [`HOST`] that is a root of its own; ends with the
 /// value.
-struct TlsServer {
+pub(crate) struct TlsServer {
     port: u16,
-    root: PathBuf,
+    /// Its certificate, as a file.
+    pub(crate) root: PathBuf,
     process: std::process::Child,
 }
 
 impl TlsServer {
-    fn start(dir: &Path) -> Self {
+    pub(crate) fn start(dir: &Path) -> Self {
         let (key, root, port) = (dir.join("server.key"), dir.join("server.pem"), free_port());
         let files = dir.join("tls-files");
         std::fs::create_dir_all(&files).unwrap();
@@ -125,7 +126,7 @@ impl TlsServer {
         Self { port, root, process }
     }
 
-    fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("https://{HOST}:{}{path}", self.port)
     }
 }
@@ -138,7 +139,7 @@ impl Drop for TlsServer {
 }
 
 /// busybox with `curl`, which checks certificates, and the certificates that it checks with.
-fn web_image() -> BaseImage {
+pub(crate) fn web_image() -> BaseImage {
     let mut image = BaseImage::busybox();
     image.add_programs(&["curl"]);
     let root = tempfile::tempdir().unwrap();

@@ -2,6 +2,8 @@
 
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::csv_fields;
+use shipway_oci::NetworkName;
+use std::collections::BTreeSet;
 
 /// Devices that are granted or asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub enum Devices {
 pub struct Granted {
     /// The network of the host.
     pub network_host: bool,
+    /// Networks of the daemon's configuration.
+    pub networks: BTreeSet<NetworkName>,
     /// Privileged steps.
     pub security_insecure: bool,
     /// The default SSH agent.
@@ -40,6 +44,9 @@ impl Granted {
             let (key, rest) = value.split_once('=').unwrap_or((value, ""));
             match key {
                 "network.host" if rest.is_empty() => granted.network_host = true,
+                _ if rest.is_empty() && NetworkName::of_entitlement(key).is_some() => {
+                    granted.networks.extend(NetworkName::of_entitlement(key));
+                }
                 "security.insecure" if rest.is_empty() => granted.security_insecure = true,
                 "ssh" if rest.is_empty() => granted.ssh = true,
                 "device" => granted.devices.add(rest)?,
@@ -125,6 +132,8 @@ mod tests {
         assert_eq!(granted.write, ["/x"]);
         assert_eq!(granted.devices, Devices::Named(vec!["a".into(), "b".into()]));
         assert!(granted.network_host && granted.ssh && !granted.security_insecure);
+        let corp = Granted::parse(&["network.corp".into()]).unwrap();
+        assert!(!corp.network_host && corp.networks.len() == 1);
         let fault = Granted::parse(&["fs.raed=x".into()]).unwrap_err();
         assert_eq!(fault.to_string(), "unknown entitlement key \"fs.raed\"");
         assert_eq!(fault.hints().collect::<Vec<_>>(), ["did you mean fs.read?"]);

@@ -19,5 +19,5 @@ mod tasks;
 mod wire;
 
 pub use daemon::{Containerd, ContainerdNamespaces, Version};
-pub use network::{Bridge, NetworkConfig, NetworkDefault};
+pub use network::{Bridge, NamedNetwork, NetworkConfig, NetworkDefault};
 pub use tasks::{RuntimeOptions, TaskConfig, TaskExecutor};

@@ -10,12 +10,14 @@ mod proxied;
 
 use cni::CniNetwork;
 use netns::NetNs;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use proxied::Serving;
 use shipway_executor::{NetworkMode, ProcessSpec, Proxied};
 use shipway_fault::{Fault, Result};
+use shipway_oci::NetworkName;
 use shipway_task::blocking;
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -89,6 +91,15 @@ impl Bridge {
 /// Longest name of a link.
 const MAX_LINK_NAME: usize = 15;
 
+/// A network that processes can ask for by its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedNetwork {
+    /// CNI configuration: a `.conflist` or `.conf`, as JSON.
+    pub cni_config: PathBuf,
+    /// Directory of its plug-ins.
+    pub cni_bin: PathBuf,
+}
+
 /// Settings of the network.
 #[derive(Clone, Debug)]
 pub struct NetworkConfig {
@@ -103,8 +114,10 @@ pub struct NetworkConfig {
     /// A file that is locked while the first process is connected, as daemons that share a network
     /// would else make it twice.
     pub init_lock: Option<PathBuf>,
-    /// Namespaces kept ready.
+    /// Namespaces kept ready, of each network.
     pub pool: usize,
+    /// Networks besides the default one (row `exec.net.named`).
+    pub named: BTreeMap<NetworkName, NamedNetwork>,
 }
 
 impl Default for NetworkConfig {
@@ -116,22 +129,54 @@ impl Default for NetworkConfig {
             bridge: Bridge::default(),
             init_lock: None,
             pool: 16,
+            named: BTreeMap::new(),
         }
     }
 }
 
 /// What begins the names of namespaces that no CNI plug-in knows.
 const PROXIED: &str = "proxied-";
+/// What is between the name of a network and the rest of the name of a namespace on it; names of
+/// networks have none.
+const ON: char = '.';
 
-pub(crate) struct Network {
-    config: NetworkConfig,
-    cni: Option<CniNetwork>,
-    /// Where namespaces are mounted.
-    dir: PathBuf,
-    made: AtomicU64,
+/// A network of CNI plug-ins, with what is ready on it.
+struct CniPool {
+    cni: CniNetwork,
     ready: Mutex<Vec<NetNs>>,
     /// Set once a process was connected.
     connected: tokio::sync::OnceCell<()>,
+}
+
+impl CniPool {
+    fn new(cni: CniNetwork) -> Self {
+        Self { cni, ready: Mutex::default(), connected: Default::default() }
+    }
+
+    /// Connects `netns`, the first one alone: with `init_lock` also among daemons.
+    async fn connect(&self, netns: &NetNs, init_lock: Option<&Path>) -> Result<()> {
+        let mut done = false;
+        let first = async {
+            let lock = init_lock.map(Path::to_owned);
+            let locked =
+                blocking("lock the network", move || lock.map(|path| lock_file(&path)).transpose())
+                    .await;
+            let _lock = locked?;
+            done = true;
+            self.cni.add(netns.id(), netns.path()).await
+        };
+        self.connected.get_or_try_init(|| first).await?;
+        if done { Ok(()) } else { self.cni.add(netns.id(), netns.path()).await }
+    }
+}
+
+pub(crate) struct Network {
+    config: NetworkConfig,
+    default: Option<CniPool>,
+    named: BTreeMap<NetworkName, CniPool>,
+    /// Where namespaces are mounted.
+    dir: PathBuf,
+    made: AtomicU64,
     /// Whether the bridge was not there before us, so that it goes with us.
     own_bridge: bool,
 }
@@ -155,9 +200,9 @@ impl NetnsGuard {
 }
 
 impl Network {
-    /// Whether CNI is configured.
+    /// Whether CNI is configured as the default.
     pub fn has_cni(&self) -> bool {
-        self.cni.is_some()
+        self.default.is_some()
     }
 
     pub(crate) fn new(config: NetworkConfig, dir: PathBuf) -> Result<Self> {
@@ -180,27 +225,52 @@ impl Network {
                 &std::env::var_os("PATH").unwrap_or_default(),
             )
         };
-        let cni = wanted.then(load).transpose()?;
+        let default = wanted.then(load).transpose()?.map(CniPool::new);
+        let named = config.named.iter().map(|(name, network)| {
+            let cni = CniNetwork::load(&network.cni_config, &network.cni_bin)
+                .map_err(|e| e.context(format!("the network {name}")))?;
+            Ok((name.clone(), CniPool::new(cni)))
+        });
+        let named = named.collect::<Result<_>>()?;
         let own_bridge = is_bridge && !config.bridge.exists()?;
-        let (ready, connected) = (Mutex::default(), Default::default());
-        Ok(Self { config, cni, dir, made: AtomicU64::new(0), ready, connected, own_bridge })
+        Ok(Self { config, default, named, dir, made: AtomicU64::new(0), own_bridge })
     }
 
     /// Whether `process` is in the host's namespace.
     pub(crate) fn is_host(&self, process: &ProcessSpec) -> bool {
-        process.proxy.is_none() && self.goes_out_as_host(process.network)
+        process.proxy.is_none() && self.goes_out_as_host(&process.network)
     }
 
-    fn goes_out_as_host(&self, mode: NetworkMode) -> bool {
+    fn goes_out_as_host(&self, mode: &NetworkMode) -> bool {
         match mode {
             NetworkMode::Host => true,
-            NetworkMode::None => false,
-            NetworkMode::Default => self.cni.is_none() && self.config.mode != NetworkDefault::None,
+            NetworkMode::None | NetworkMode::Named(_) => false,
+            NetworkMode::Default => {
+                self.default.is_none() && self.config.mode != NetworkDefault::None
+            }
         }
     }
 
-    fn ready(&self) -> MutexGuard<'_, Vec<NetNs>> {
-        self.ready.lock()
+    /// The plug-ins' network for a process in `mode`, if it is on one.
+    fn pool(&self, mode: &NetworkMode) -> Result<Option<&CniPool>> {
+        match mode {
+            NetworkMode::Host | NetworkMode::None => Ok(None),
+            NetworkMode::Default => Ok(self.default.as_ref()),
+            NetworkMode::Named(name) => match self.named.get(name) {
+                Some(pool) => Ok(Some(pool)),
+                None => Err(Fault::invalid(format!("no network {name} is configured"))),
+            },
+        }
+    }
+
+    /// The plug-ins' network that made `netns`; `None` for one without plug-ins, or if its network
+    /// is not configured any more.
+    fn pool_of(&self, netns: &NetNs) -> Option<&CniPool> {
+        match netns.name().split_once(ON) {
+            Some((name, _)) => self.named.get(&name.parse::<NetworkName>().ok()?),
+            None if netns.name().starts_with(PROXIED) => None,
+            None => self.default.as_ref(),
+        }
     }
 
     fn name(&self, prefix: &str) -> String {
@@ -210,46 +280,35 @@ impl Network {
     /// A namespace for a process in `mode`; `None` where the runtime does what is needed.
     pub(crate) async fn lease(
         &self,
-        mode: NetworkMode,
+        mode: &NetworkMode,
         proxy: Option<&Proxied>,
     ) -> Result<Option<NetnsGuard>> {
         if let Some(proxy) = proxy {
             return self.proxied(mode, proxy).await.map(Some);
         }
-        let (NetworkMode::Default, Some(cni)) = (mode, &self.cni) else { return Ok(None) };
-        if let Some(netns) = self.ready().pop() {
+        let Some(pool) = self.pool(mode)? else { return Ok(None) };
+        let ready = pool.ready.lock().pop();
+        if let Some(netns) = ready {
             return Ok(Some(NetnsGuard { netns, proxy: None }));
         }
-        let netns = NetNs::new(&self.dir, &self.name("")).await?;
-        match self.connect(cni, &netns).await {
+        let prefix = match mode {
+            NetworkMode::Named(name) => format!("{name}{ON}"),
+            _ => String::new(),
+        };
+        let netns = NetNs::new(&self.dir, &self.name(&prefix)).await?;
+        match pool.connect(&netns, self.config.init_lock.as_deref()).await {
             Ok(()) => Ok(Some(NetnsGuard { netns, proxy: None })),
             Err(e) => {
-                let _ = cni.del(netns.id(), netns.path()).await;
+                let _ = pool.cni.del(netns.id(), netns.path()).await;
                 netns.remove().await;
                 Err(e)
             }
         }
     }
 
-    /// Connects `netns`, the first one alone.
-    async fn connect(&self, cni: &CniNetwork, netns: &NetNs) -> Result<()> {
-        let mut done = false;
-        let first = async {
-            let lock = self.config.init_lock.clone();
-            let locked =
-                blocking("lock the network", move || lock.map(|path| lock_file(&path)).transpose())
-                    .await;
-            let _lock = locked?;
-            done = true;
-            cni.add(netns.id(), netns.path()).await
-        };
-        self.connected.get_or_try_init(|| first).await?;
-        if done { Ok(()) } else { cni.add(netns.id(), netns.path()).await }
-    }
-
     /// A namespace with nothing but a loopback, on which `proxy` listens; the proxy goes out as a
     /// process in `mode` would.
-    async fn proxied(&self, mode: NetworkMode, proxy: &Proxied) -> Result<NetnsGuard> {
+    async fn proxied(&self, mode: &NetworkMode, proxy: &Proxied) -> Result<NetnsGuard> {
         let egress = match Box::pin(self.lease(mode, None)).await? {
             Some(lease) => proxied::Upstream::Namespace(lease.netns),
             None if self.goes_out_as_host(mode) => proxied::Upstream::Host,
@@ -294,8 +353,8 @@ impl Network {
     }
 
     async fn reuse(&self, netns: NetNs) {
-        {
-            let mut ready = self.ready();
+        if let Some(pool) = self.pool_of(&netns) {
+            let mut ready = pool.ready.lock();
             if ready.len() < self.config.pool {
                 ready.push(netns);
                 return;
@@ -305,11 +364,17 @@ impl Network {
     }
 
     async fn discard(&self, netns: NetNs) {
-        if let Some(cni) = &self.cni
-            && !netns.is_named(PROXIED)
-            && let Err(e) = cni.del(netns.id(), netns.path()).await
-        {
-            tracing::warn!(netns = netns.id(), "failed to release network namespace: {e}");
+        match self.pool_of(&netns) {
+            Some(pool) => {
+                if let Err(e) = pool.cni.del(netns.id(), netns.path()).await {
+                    tracing::warn!(netns = netns.id(), "failed to release network namespace: {e}");
+                }
+            }
+            None if netns.name().contains(ON) => tracing::warn!(
+                netns = netns.id(),
+                "its network is not configured any more: its plug-ins may keep an address for it"
+            ),
+            None => {}
         }
         netns.remove().await;
     }
@@ -329,9 +394,11 @@ impl Network {
 
     /// Removes the unused namespaces.
     pub(crate) async fn retire_idle(&self) {
-        let idle: Vec<NetNs> = self.ready().drain(..).collect();
-        for netns in idle {
-            self.discard(netns).await;
+        for pool in self.default.iter().chain(self.named.values()) {
+            let idle: Vec<NetNs> = pool.ready.lock().drain(..).collect();
+            for netns in idle {
+                self.discard(netns).await;
+            }
         }
     }
 
@@ -356,6 +423,58 @@ fn lock_file(path: &Path) -> Result<std::fs::File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_namespace_is_given_back_to_the_network_that_made_it() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("plugin"), "").expect("write");
+        let config = |name: &str| {
+            let path = at(&format!("{name}.json"));
+            std::fs::write(&path, format!(r#"{{"name":"{name}","type":"plugin"}}"#))
+                .expect("write");
+            path
+        };
+        let named = ["a", "a-1"].map(|name| {
+            let cni_config = config(name);
+            let parsed: NetworkName = name.parse().expect("a name");
+            (parsed, NamedNetwork { cni_config, cni_bin: dir.path().into() })
+        });
+        let network = Network::new(
+            NetworkConfig {
+                mode: NetworkDefault::Cni,
+                cni_config: config("default"),
+                cni_bin: dir.path().into(),
+                named: named.into(),
+                ..NetworkConfig::default()
+            },
+            at("netns"),
+        )
+        .expect("a network");
+        let of = |name: &str| {
+            std::fs::write(at("netns").join(name), "").expect("write");
+            let left = NetNs::left_in(&at("netns")).expect("list");
+            std::fs::remove_file(at("netns").join(name)).expect("remove");
+            network.pool_of(&left[0]).map(|pool| pool.cni.name().to_owned())
+        };
+        assert_eq!(of("7-0").as_deref(), Some("default"));
+        assert_eq!(of("a.7-0").as_deref(), Some("a"));
+        assert_eq!(of("a-1.7-0").as_deref(), Some("a-1"));
+        assert_eq!(of("gone.7-0"), None);
+        assert_eq!(of("proxied-7-0"), None);
+    }
+
+    #[test]
+    fn a_named_network_without_a_configuration_stops_the_start_and_is_named() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let none = NamedNetwork { cni_config: dir.path().join("no"), cni_bin: dir.path().into() };
+        let config = NetworkConfig {
+            named: [("corp".parse().expect("a name"), none)].into(),
+            ..NetworkConfig::default()
+        };
+        let fault = Network::new(config, dir.path().join("netns")).err().expect("a fault");
+        assert!(fault.to_string().contains("the network corp"), "{fault}");
+    }
 
     #[test]
     fn a_bridge_that_cannot_be_is_refused() {

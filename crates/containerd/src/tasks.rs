@@ -27,7 +27,7 @@ use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
 use shims::Shims;
 use shipway_executor::{
-    ExecMount, Executor, ExitStatus, ProcessIo, ProcessSpec, RootFs, etc::Dns, spec::Host,
+    CaBundle, ExecMount, Executor, ExitStatus, ProcessIo, ProcessSpec, RootFs, etc::Dns, spec::Host,
 };
 use shipway_fault::{Fault, Result};
 use shipway_rootfs::Attached;
@@ -63,6 +63,8 @@ pub struct TaskConfig {
     pub dns: Dns,
     /// AppArmor profile of sandboxed processes.
     pub apparmor: Option<String>,
+    /// Authorities that all processes are made to trust beside their image's.
+    pub ca: Option<CaBundle>,
 }
 
 /// Options of the runc shim (row `toml.w.ctd`), by the names that containerd's own configuration
@@ -114,6 +116,7 @@ impl TaskConfig {
             network: NetworkConfig::default(),
             dns: Dns::default(),
             apparmor: None,
+            ca: None,
         }
     }
 }

@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use shipway_fault::{Position, Span};
+use shipway_oci::NetworkName;
 
 /// The lines an instruction covers in its file, from 1, both ends included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -346,7 +347,7 @@ pub struct Mount {
 }
 
 /// `--network` of `RUN` (row `df.run.network`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Network {
     /// The build's network.
     #[default]
@@ -355,6 +356,9 @@ pub enum Network {
     None,
     /// The host's.
     Host,
+    /// One of the daemon's configuration (row `exec.net.named`); BuildKit's frontend has no such
+    /// names.
+    Named(NetworkName),
 }
 
 /// `--security` of `RUN` (row `df.run.security`).

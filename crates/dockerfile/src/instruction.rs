@@ -333,10 +333,10 @@ fn run(node: &mut Node) -> Result<Run> {
         None | Some("default") => Network::Default,
         Some("none") => Network::None,
         Some("host") => Network::Host,
-        Some(other) => {
-            return Err(Error::new(format!("invalid network mode {}", quote(other)))
-                .hint("use default, none or host"));
-        }
+        Some(other) => Network::Named(other.parse().map_err(|_| {
+            Error::new(format!("invalid network mode {}", quote(other)))
+                .hint("use default, none, host or the name of one of the daemon's networks")
+        })?),
     };
     let security = match value("security").as_deref() {
         None | Some("sandbox") => Security::Sandbox,

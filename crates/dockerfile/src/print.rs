@@ -213,10 +213,11 @@ impl Line {
         }
         let used = |name: &str| run.flags_used.iter().any(|u| u == name);
         if used("network") {
-            let mode = match run.network {
+            let mode = match &run.network {
                 Network::Default => "default",
                 Network::None => "none",
                 Network::Host => "host",
+                Network::Named(name) => name.as_str(),
             };
             self.flag("network", mode);
         }

@@ -232,7 +232,7 @@ fn mistakes_of_instructions() {
             "RUN --mount=a\\\"b x",
             "failed to parse csv mounts: parse error on line 1, column 2: bare \" in non-quoted-field",
         ),
-        ("RUN --network=x y", "invalid network mode \"x\""),
+        ("RUN --network=x.z y", "invalid network mode \"x.z\""),
         ("RUN --security=x y", "security \"x\" is not valid"),
         ("RUN --device=a,b y", "invalid field 'b' must be a key=value pair"),
     ];

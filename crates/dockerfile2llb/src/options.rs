@@ -7,7 +7,7 @@ use shipway_fault::{Detail, Fault};
 use shipway_frontend::{CacheImport, FrontendOptions};
 use shipway_gocompat::parse_bool;
 use shipway_llb::{HostIp, LinuxResources, NetMode, ResolveMode, Ulimit};
-use shipway_oci::Platform;
+use shipway_oci::{NetworkName, Platform};
 use std::{collections::BTreeMap, net::IpAddr};
 
 /// Capabilities of this frontend (row `dfo.caps`).
@@ -48,6 +48,8 @@ pub struct BuildOptions {
     pub resolve_mode: ResolveMode,
     pub extra_hosts: Vec<HostIp>,
     pub network: NetMode,
+    /// The network of all steps that name none, instead of the default one.
+    pub named_network: Option<NetworkName>,
     pub shm_size: i64,
     pub ulimits: Vec<Ulimit>,
     pub cgroup_parent: String,
@@ -103,6 +105,15 @@ impl BuildOptions {
             "" => Vec::new(),
             list => list.split(',').map(str::to_lowercase).collect(),
         });
+        let (network, named_network) = match get("force-network-mode") {
+            "" | "sandbox" | "default" => (NetMode::Unset, None),
+            "none" => (NetMode::None, None),
+            "host" => (NetMode::Host, None),
+            other => match other.parse() {
+                Ok(name) => (NetMode::Unset, Some(name)),
+                Err(_) => return Err(ConvertError::new(format!("invalid netmode {other}"))),
+            },
+        };
         let sbom = AttestOptions::parse(options).map_err(ConvertError::from)?.sbom;
         Ok(Self {
             target: get("target").into(),
@@ -121,12 +132,8 @@ impl BuildOptions {
             },
             extra_hosts: parse_hosts(get("add-hosts"))
                 .map_err(|e| e.context("failed to parse additional hosts"))?,
-            network: match get("force-network-mode") {
-                "" | "sandbox" | "default" => NetMode::Unset,
-                "none" => NetMode::None,
-                "host" => NetMode::Host,
-                other => return Err(ConvertError::new(format!("invalid netmode {other}"))),
-            },
+            network,
+            named_network,
             shm_size: match get("shm-size") {
                 "" => 0,
                 text => text.parse().map_err(|_| {
@@ -391,7 +398,7 @@ mod tests {
             ("add-hosts", "a=x", "failed to parse IP x"),
             ("ulimit", "nofiles=1", "invalid ulimit type: nofiles (did you mean nofile?)"),
             ("ulimit", "nofile=3:2", "3 > 2"),
-            ("force-network-mode", "x", "invalid netmode x"),
+            ("force-network-mode", "x.y", "invalid netmode x.y"),
             ("multi-platform", "x", "invalid boolean value for multi-platform: x"),
             (
                 "memory",

@@ -15,6 +15,7 @@ use shipway_llb::{
     MountDraft, MountSource, NetMode, Owner, SecretDraft, SecurityMode, SshDraft, State,
     VertexOptions,
 };
+use shipway_oci::NetworkName;
 use std::borrow::Cow;
 
 /// Where a heredoc with an interpreter of its own appears.
@@ -37,11 +38,13 @@ impl StageContext<'_> {
         draft.args = if run.command.is_shell() { stage.with_shell(&args) } else { args };
         self.mounts(stage, step, &mounts, &mut draft)?;
         draft.security = (run.security == df::Security::Insecure).then_some(SecurityMode::Insecure);
-        draft.network = match run.network {
-            df::Network::Default => None,
-            df::Network::None => Some(NetMode::None),
-            df::Network::Host => Some(NetMode::Host),
+        let (mode, named) = match &run.network {
+            df::Network::Default => (None, options.named_network.as_ref()),
+            df::Network::None => (Some(NetMode::None), None),
+            df::Network::Host => (Some(NetMode::Host), None),
+            df::Network::Named(name) => (Some(NetMode::Unset), Some(name)),
         };
+        draft.network = mode;
         draft.extra_hosts.clone_from(&options.extra_hosts);
         if caps.has("exec.meta.ulimit") {
             draft.ulimits.clone_from(&options.ulimits);
@@ -79,6 +82,7 @@ impl StageContext<'_> {
         let mut vertex = VertexOptions::named(self.run_title(stage, &name))
             .describe("com.docker.dockerfile.v1.command", instruction.source.clone())
             .at(&self.plan.cx.file, instruction.lines.spans());
+        vertex.constraints.extend(named.map(NetworkName::constraint));
         if stage.ignore_cache {
             vertex = vertex.ignore_cache();
         }

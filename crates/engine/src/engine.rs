@@ -194,7 +194,7 @@ impl Engine {
             )));
         }
         let parts = &self.0.parts;
-        let entitlements = request.entitlements(&parts.entitlements)?;
+        let entitlements = request.entitlements(&parts.entitlements, &parts.networks)?;
         parts.cache_backends.check_exports(&request.cache_exports)?;
         let wanted = AttestOptions::parse(&request.options)?;
         let exporters = request

@@ -8,7 +8,7 @@ use shipway_frontend::{Frontends, NamedContexts, Worker};
 use shipway_gateway::Builds;
 use shipway_history::History;
 use shipway_oci::Platform;
-use shipway_ops::{LlbOp, Services};
+use shipway_ops::{LlbOp, NetworkGrants, Services};
 use shipway_remotecache::Backends;
 use shipway_session::SessionHub;
 use shipway_solver::Solver;
@@ -41,6 +41,8 @@ pub struct EngineParts {
     pub platforms: Vec<Platform>,
     /// Entitlements that builds may be granted.
     pub entitlements: Vec<String>,
+    /// Networks that steps may ask for by name, and those of them that every build may use.
+    pub networks: NetworkGrants,
     /// What provenance says of this daemon.
     pub builder: Builder,
     /// The frontends that are part of the daemon.

@@ -4,7 +4,8 @@ use shipway_fault::{Fault, Result};
 use shipway_frontend::FrontendOptions;
 use shipway_history::FinishedBuild;
 use shipway_llb::{Definition, SourcePolicy};
-use shipway_ops::Entitlements;
+use shipway_oci::NetworkName;
+use shipway_ops::{Entitlements, NetworkGrants};
 use shipway_remotecache::CacheRequest;
 use shipway_session::SessionId;
 use std::collections::BTreeMap;
@@ -97,9 +98,18 @@ impl BuildRequest {
     }
 
     /// The entitlements asked for, if the daemon allows them (rows `so.ent`, `so.ent.err`).
-    pub(crate) fn entitlements(&self, allowed: &[String]) -> Result<Entitlements> {
-        let mut granted = Entitlements::default();
+    pub(crate) fn entitlements(
+        &self,
+        allowed: &[String],
+        networks: &NetworkGrants,
+    ) -> Result<Entitlements> {
+        let mut granted = Entitlements { networks: networks.clone(), ..Entitlements::default() };
         for asked in &self.entitlements {
+            if let Some(network) = NetworkName::of_entitlement(asked) {
+                networks.find(&network)?;
+                granted.networks.allowed.insert(network);
+                continue;
+            }
             let (name, which) = asked
                 .split_once('=')
                 .map_or((asked.as_str(), None), |(name, which)| (name, Some(which)));

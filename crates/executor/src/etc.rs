@@ -2,7 +2,8 @@
 //! `exec.hosts`).
 
 use crate::{HostEntry, spec::DEFAULT_HOSTNAME};
-use std::{fmt::Write as _, net::IpAddr};
+use shipway_fault::{Class, Fault, Result};
+use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 
 /// Settings that replace those of the host's resolver.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -13,6 +14,32 @@ pub struct Dns {
     pub options: Vec<String>,
     /// Search domains.
     pub search: Vec<String>,
+    /// A file that is read in the place of [`RESOLV`], as the one that a resolver's program keeps.
+    pub resolv_conf: Option<PathBuf>,
+}
+
+impl Dns {
+    /// A container's `resolv.conf` as of now: what the host's resolver changes, the next container
+    /// has. Blocks.
+    ///
+    /// # Errors
+    /// If a file that the settings name cannot be read; without the host's own one there are public
+    /// servers.
+    pub fn resolv_conf_now(&self, host_network: bool) -> Result<String> {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let mut text = match &self.resolv_conf {
+            Some(path) => std::fs::read_to_string(path).map_err(|e| {
+                Fault::io(format!("read {}, the resolver's configuration", path.display()), e)
+                    .with_class(Class::Environment)
+                    .hint("dns.resolvConf of the daemon's configuration names the file")
+            })?,
+            None => read(RESOLV),
+        };
+        if !host_network && is_stub(&text) {
+            text = read(RESOLVED);
+        }
+        Ok(resolv_conf(&text, self, host_network))
+    }
 }
 
 /// Servers for containers that cannot reach the host's loopback, when nothing better is known.
@@ -21,9 +48,9 @@ const PUBLIC: [&str; 4] = ["8.8.8.8", "8.8.4.4", "2001:4860:4860::8888", "2001:4
 /// [`RESOLVED`].
 const STUB: &str = "127.0.0.53";
 /// The host's resolver configuration.
-pub const RESOLV: &str = "/etc/resolv.conf";
+const RESOLV: &str = "/etc/resolv.conf";
 /// systemd-resolved's list of real servers.
-pub const RESOLVED: &str = "/run/systemd/resolve/resolv.conf";
+const RESOLVED: &str = "/run/systemd/resolve/resolv.conf";
 
 fn values<'a>(text: &'a str, keyword: &'a str) -> impl Iterator<Item = &'a str> {
     text.lines()
@@ -38,7 +65,7 @@ fn values<'a>(text: &'a str, keyword: &'a str) -> impl Iterator<Item = &'a str> 
 
 /// Whether `resolv` leaves all to systemd-resolved's stub, which a network namespace of its own
 /// does not reach.
-pub fn is_stub(resolv: &str) -> bool {
+fn is_stub(resolv: &str) -> bool {
     values(resolv, "nameserver").eq([STUB])
 }
 
@@ -51,7 +78,7 @@ fn is_loopback(server: &str) -> bool {
 }
 
 /// A container's `resolv.conf` from the host's. `host_network` keeps loopback servers.
-pub fn resolv_conf(host: &str, dns: &Dns, host_network: bool) -> String {
+fn resolv_conf(host: &str, dns: &Dns, host_network: bool) -> String {
     let pick = |own: &[String], keyword: &str| -> Vec<String> {
         if own.is_empty() {
             values(host, keyword).map(str::to_owned).collect()
@@ -113,6 +140,20 @@ mod tests {
             resolv_conf(host, &dns, false),
             "nameserver 10.0.0.1\nsearch c\noptions edns0\n"
         );
+    }
+
+    #[test]
+    fn a_file_that_is_named_is_read_each_time_and_has_to_be_there() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let dns = Dns { resolv_conf: Some(file.path().into()), ..Dns::default() };
+        for server in ["10.0.0.1", "10.0.0.2"] {
+            std::fs::write(file.path(), format!("nameserver {server}\n")).expect("write");
+            let text = dns.resolv_conf_now(false).expect("a configuration");
+            assert_eq!(text, format!("nameserver {server}\n"));
+        }
+        let gone = Dns { resolv_conf: Some("/no/such/file".into()), ..Dns::default() };
+        let fault = gone.resolv_conf_now(false).expect_err("no file");
+        assert!(fault.to_string().contains("/no/such/file"), "{fault}");
     }
 
     #[test]

@@ -5,11 +5,13 @@
 //! here knows LLB.
 //!
 //! Beside the port lives what any implementation needs: the specification's builder ([`spec`]),
-//! what devices change in it ([`Edits`]), and the files of `/etc` that name hosts ([`etc`]).
+//! what devices change in it ([`Edits`]), the files of `/etc` that name hosts ([`etc`]), and the
+//! operator's certificates ([`CaBundle`]).
 
 mod edits;
 mod process;
 mod proxy;
+mod trust;
 
 pub mod etc;
 pub mod fake;
@@ -23,3 +25,4 @@ pub use process::{
     ProcessSpec, ResourceLimits, Rlimit, RootFs, Secret, Security, User,
 };
 pub use proxy::{Egress, Proxied, StepProxy, environment as proxy_environment, set_variables};
+pub use trust::{CaBundle, MAX_CA_BUNDLE};

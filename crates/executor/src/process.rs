@@ -4,6 +4,7 @@ use crate::{Edits, ProcessIo, Proxied};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::Result;
+use shipway_oci::NetworkName;
 use shipway_storage::{Mount, SnapshotKey};
 use std::{any::Any, path::PathBuf, sync::Arc};
 
@@ -79,7 +80,7 @@ impl std::fmt::Debug for Secret {
 pub type User = String;
 
 /// Network of the process (row `exec.net`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NetworkMode {
     /// The daemon's configured default: CNI where configured, else the host's.
     #[default]
@@ -88,6 +89,8 @@ pub enum NetworkMode {
     Host,
     /// Loopback only.
     None,
+    /// One of those that the configuration names (row `exec.net.named`).
+    Named(NetworkName),
 }
 
 /// Confinement of the process (row `exec.sec`).

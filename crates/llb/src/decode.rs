@@ -5,7 +5,7 @@ use crate::ops::*;
 use bytes::Bytes;
 use prost::Message;
 use shipway_fault::Fault;
-use shipway_oci::Platform;
+use shipway_oci::{NetworkName, Platform};
 use shipway_proto::pb;
 
 /// More parts of one operation (mounts, actions, arguments) than this are refused.
@@ -67,6 +67,11 @@ pub fn op(bytes: &[u8]) -> Result<Decoded, Fault> {
         Some(Wire::Passthrough(p)) => passthrough(p, n)?,
         None => return Err(invalid("op with no payload")),
     };
+    let constraints = op.constraints.map(|c| c.filter).unwrap_or_default();
+    let typed = match typed {
+        Op::Exec(e) => Op::Exec(on_network(e, &constraints)?),
+        other => other,
+    };
     let platform = op.platform.map(|p| Platform {
         architecture: p.architecture,
         os: p.os,
@@ -74,12 +79,23 @@ pub fn op(bytes: &[u8]) -> Result<Decoded, Fault> {
         os_features: p.os_features,
         variant: p.variant,
     });
-    Ok(Decoded {
-        op: typed,
-        inputs,
-        platform,
-        constraints: op.constraints.map(|c| c.filter).unwrap_or_default(),
-    })
+    Ok(Decoded { op: typed, inputs, platform, constraints })
+}
+
+/// The process on the network that its constraints name.
+fn on_network(mut exec: ExecOp, constraints: &[String]) -> Result<ExecOp, Fault> {
+    for name in constraints.iter().filter_map(|c| NetworkName::of_constraint(c)) {
+        let name = name.map_err(invalid)?;
+        if exec.network != NetMode::Unset {
+            return Err(invalid(format!(
+                "exec op with both a network mode and the network {name}"
+            )));
+        }
+        if exec.named_network.replace(name).is_some() {
+            return Err(invalid("exec op with more than one network"));
+        }
+    }
+    Ok(exec)
 }
 
 fn invalid(what: impl std::fmt::Display) -> Fault {
@@ -165,6 +181,7 @@ fn exec(e: pb::ExecOp, n: Inputs) -> Result<ExecOp, Fault> {
             .into_iter()
             .map(|d| CdiDevice { name: d.name, optional: d.optional })
             .collect(),
+        named_network: None,
         proxied: false,
     })
 }

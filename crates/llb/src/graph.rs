@@ -38,8 +38,8 @@ pub struct Vertex {
     pub inputs: Vec<Edge>,
     /// Where it runs: defaulted and normalized after digesting (row `llb.normplat`).
     pub platform: Platform,
-    /// Filters for workers, which nothing here looks at: there is one worker (row
-    /// `llb.constraints`).
+    /// Filters for workers. There is one worker, so only those that name a network count (row
+    /// `llb.constraints`), and those are in the operation already.
     pub constraints: Vec<String>,
     /// Its name in progress: the custom one, or by what it does (rows `llb.vname`, `llb.md.desc`).
     pub name: String,

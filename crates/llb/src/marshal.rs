@@ -333,6 +333,8 @@ impl Run<'_> {
                 meta,
                 mounts,
                 network,
+                // The wire has it among the constraints, which are the vertex's.
+                named_network: None,
                 security,
                 secret_env,
                 devices: draft.devices.clone(),

@@ -2,6 +2,7 @@
 //! `Option` where the wire has a negative index, and nothing that belongs to running them.
 
 use bytes::Bytes;
+use shipway_oci::NetworkName;
 use std::collections::BTreeMap;
 
 /// What a vertex does.
@@ -50,6 +51,9 @@ pub struct ExecOp {
     pub mounts: Vec<Mount>,
     /// Network that the process is on (row `exec.net`).
     pub network: NetMode,
+    /// The daemon's network of that name, instead of the default one (row `exec.net.named`). On the
+    /// wire it is one of the operation's worker constraints ([`NetworkName::constraint`]).
+    pub named_network: Option<NetworkName>,
     /// How far the process is confined (row `exec.sec`).
     pub security: SecurityMode,
     /// Variables whose values are secrets of the session; not part of the cache key (row

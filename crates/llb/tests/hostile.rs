@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use bytes::Bytes;
-use shipway_llb::{Caps, Definition, Graph};
+use shipway_llb::{Caps, Definition, Graph, Op};
 use shipway_oci::{Digest, Platform};
 use shipway_proto::pb;
 
@@ -71,6 +71,33 @@ fn sound_operations_pass() {
                 .len(),
             2
         );
+    }
+}
+
+#[test]
+fn a_constraint_that_names_a_network_puts_the_process_on_it() {
+    let of = |filter: &[&str], network: i32| {
+        let filter = filter.iter().map(|f| (*f).to_owned()).collect();
+        decode(&definition(pb::Op {
+            op: Some(exec(|e| e.network = network)),
+            constraints: Some(pb::WorkerConstraints { filter }),
+            ..Default::default()
+        }))
+        .map(|graph| match &graph.vertices[1].op {
+            Op::Exec(exec) => exec.named_network.as_ref().map(ToString::to_string),
+            other => panic!("{other:?}"),
+        })
+    };
+    assert_eq!(of(&["platform==x", "network==corp"], 0), Ok(Some("corp".into())));
+    assert_eq!(of(&["platform==x"], 1), Ok(None));
+    for (filter, network, says) in [
+        (&["network==corp"][..], 1, "both a network mode and the network corp"),
+        (&["network==a", "network==b"], 0, "more than one network"),
+        (&["network==a b"], 0, "\"a b\" is not a valid name of a network"),
+        (&["network==host"], 0, "\"host\" is not a valid name of a network"),
+    ] {
+        let error = of(filter, network).unwrap_err();
+        assert!(error.contains(says), "{error:?} lacks {says:?}");
     }
 }
 

@@ -17,7 +17,7 @@ use std::{
 use tokio_rustls::rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _},
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -50,10 +50,19 @@ fn failed(error: Error) -> Fault {
 }
 
 impl Authority {
-    /// A new authority that trusts what the system trusts. Reads the system's trust store: call it
-    /// where blocking is allowed.
-    pub fn new() -> Result<Self> {
-        Self::with_roots(shipway_http::native_roots().clone())
+    /// A new authority that trusts what the system trusts, and the certificates of `more` (PEM).
+    /// Reads the system's trust store: call it where blocking is allowed.
+    pub fn new(more: &[u8]) -> Result<Self> {
+        let mut roots = shipway_http::native_roots().clone();
+        for certificate in CertificateDer::pem_slice_iter(more) {
+            let added = certificate
+                .map_err(|e| e.to_string())
+                .and_then(|certificate| roots.add(certificate).map_err(|e| e.to_string()));
+            added.map_err(|e| {
+                Fault::invalid(format!("a certificate that servers are verified with: {e}"))
+            })?;
+        }
+        Self::with_roots(roots)
     }
 
     /// The same with `roots` as the certificates that servers are verified by.

@@ -236,10 +236,11 @@ pub(crate) fn process(
             .iter()
             .map(|h| HostEntry { host: h.host.clone(), ip: h.ip.clone() })
             .collect(),
-        network: match exec.network {
-            NetMode::Unset => NetworkMode::Default,
-            NetMode::Host => NetworkMode::Host,
-            NetMode::None => NetworkMode::None,
+        network: match (&exec.named_network, exec.network) {
+            (Some(name), _) => NetworkMode::Named(name.clone()),
+            (None, NetMode::Unset) => NetworkMode::Default,
+            (None, NetMode::Host) => NetworkMode::Host,
+            (None, NetMode::None) => NetworkMode::None,
         },
         security: match exec.security {
             SecurityMode::Sandbox => Security::Sandbox,

@@ -3,14 +3,16 @@
 use crate::{DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions};
 use futures::future::BoxFuture;
 use shipway_cdi::CdiCatalog;
-use shipway_executor::Executor;
+use shipway_executor::{CaBundle, Executor};
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{ExecOp, NetMode, SecurityMode, SourceOp};
 use shipway_netproxy::Authority;
+use shipway_oci::NetworkName;
 use shipway_refs::RefStore;
 use shipway_session::SessionGroup;
 use shipway_sources::{SourceMemo, Sources};
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     sync::{Arc, OnceLock, Weak},
 };
@@ -24,8 +26,36 @@ pub struct Entitlements {
     pub network_host: bool,
     /// `security.insecure`.
     pub security_insecure: bool,
+    /// `network.NAME`.
+    pub networks: NetworkGrants,
     /// `device`.
     pub devices: DeviceGrants,
+}
+
+/// The networks of the daemon's configuration, and those of them that a build may use (row
+/// `exec.net.named`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetworkGrants {
+    /// All that there are.
+    pub configured: BTreeSet<NetworkName>,
+    /// Those that the build's steps may be on.
+    pub allowed: BTreeSet<NetworkName>,
+}
+
+impl NetworkGrants {
+    /// Refuses a network that the daemon does not have.
+    pub fn find(&self, name: &NetworkName) -> Result<()> {
+        if self.configured.contains(name) {
+            return Ok(());
+        }
+        let there: Vec<&str> = self.configured.iter().map(NetworkName::as_str).collect();
+        let hint = match there.as_slice() {
+            [] => "the daemon's configuration names no networks: use default, none or host".into(),
+            there => format!("the daemon's configuration has {}", there.join(", ")),
+        };
+        let message = format!("invalid network mode {:?}: no such network", name.as_str());
+        Err(Fault::invalid(message).hint(hint))
+    }
 }
 
 impl Entitlements {
@@ -41,6 +71,12 @@ impl Entitlements {
         };
         if exec.network == NetMode::Host && !self.network_host {
             return refuse("network.host");
+        }
+        if let Some(name) = &exec.named_network {
+            self.networks.find(name)?;
+            if !self.networks.allowed.contains(name) {
+                return refuse(&name.entitlement());
+            }
         }
         if exec.security == SecurityMode::Insecure && !self.security_insecure {
             return refuse("security.insecure");
@@ -121,6 +157,8 @@ pub struct Services {
     pub log_limits: LogLimits,
     /// Where steps may send spans to; none where nobody would take them.
     pub trace_socket: Option<PathBuf>,
+    /// Authorities that the proxy network verifies servers with, beside the system's.
+    pub ca: Option<CaBundle>,
     /// The certificate authority of the proxy network, once a step needed it.
     pub authority: OnceCell<Arc<Authority>>,
 }

@@ -34,6 +34,6 @@ pub use emulator::Emulators;
 pub use exec::LogLimits;
 pub use export_plan::ExportPlan;
 pub use failed_state::FailedStates;
-pub use job::{BuildJudge, Entitlements, JobData, Judge, Services};
+pub use job::{BuildJudge, Entitlements, JobData, Judge, NetworkGrants, Services};
 pub use op::LlbOp;
 pub use step_options::StepOptions;

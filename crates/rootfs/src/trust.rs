@@ -1,5 +1,5 @@
-//! Certificates that a process is made to trust beside its image's (row `exec.proxynet`), without a
-//! trace of them in what it leaves.
+//! Certificates that a process is made to trust beside its image's (rows `exec.proxynet`,
+//! `exec.ca`), without a trace of them in what it leaves.
 //!
 //! Programs read them in one file among the image's own, so that is where they are added: a mount
 //! in its place would keep the process from replacing the file, as updates of it do.
@@ -59,9 +59,8 @@ impl Trust {
     /// Adds `certificates` (PEM) to those of the root filesystem that `mounts` describe. `None` if
     /// it has none that could be added to. Blocks.
     pub fn add(mounts: &[Mount], certificates: &[u8]) -> Result<Option<Self>> {
-        let fail = |e: std::io::Error| {
-            Fault::io("add the proxy's certificate to those of the root filesystem", e)
-        };
+        let fail =
+            |e: std::io::Error| Fault::io("add certificates to those of the root filesystem", e);
         let Some((upper, marks)) = writable(mounts) else { return Ok(None) };
         let looked = RootView::open(mounts, Access::Read)?;
         let is_file = |path: &str| {
@@ -126,8 +125,7 @@ impl Trust {
 
     /// Takes out what was added. Blocks.
     pub fn restore(self) -> Result<()> {
-        let fail =
-            |e: std::io::Error| Fault::io("take the proxy's certificate out of a step's files", e);
+        let fail = |e: std::io::Error| Fault::io("take certificates out of a step's files", e);
         let upper = RootView::of_directory(&self.upper)?;
         let fd = match open_plain(
             &upper,

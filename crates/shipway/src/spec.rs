@@ -12,6 +12,7 @@ use shipway_client::{
 };
 use shipway_fault::{Fault, Result, nearest};
 use shipway_gocompat::parse_bool;
+use shipway_oci::NetworkName;
 
 use crate::csv;
 
@@ -260,11 +261,17 @@ pub(crate) fn entitlements(texts: &[String]) -> Result<Vec<String>> {
     const KNOWN: [&str; 3] = ["network.host", "security.insecure", "device"];
     for text in texts {
         let name = text.split('=').next().unwrap_or_default();
+        let likely_host = |name: &NetworkName| nearest(name.as_str(), ["host"]).is_some();
+        if NetworkName::of_entitlement(text).is_some_and(|network| !likely_host(&network)) {
+            continue;
+        }
         if !KNOWN.contains(&name) || (text.contains('=') && name != "device") {
             let fault = Fault::invalid(format!("unknown entitlement {text}"));
             return Err(match nearest(name, KNOWN) {
                 Some(near) => fault.hint(format!("did you mean {near}?")),
-                None => fault.hint(format!("entitlements are {}", KNOWN.join(", "))),
+                None => {
+                    fault.hint(format!("entitlements are {} and network.NAME", KNOWN.join(", ")))
+                }
             });
         }
     }
@@ -422,6 +429,8 @@ mod tests {
             assert!(fault.starts_with(expected), "{fault}");
         }
         assert!(entitlements(&["network.host".into(), "device=x".into()]).is_ok());
-        assert!(entitlements(&["network.hots".into()]).is_err());
+        assert!(entitlements(&["network.hosts".into()]).is_err());
+        assert!(entitlements(&["network.corp".into()]).is_ok());
+        assert!(entitlements(&["network.corp=x".into()]).is_err());
     }
 }

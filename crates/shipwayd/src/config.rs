@@ -48,6 +48,10 @@ pub struct Config {
     pub denied_networks: Option<shipway_http::DeniedNetworks>,
     /// Name resolution in steps.
     pub dns: Option<Dns>,
+    /// Networks that steps can ask for by name.
+    pub networks: BTreeMap<String, NamedNetwork>,
+    /// Certificates that steps trust.
+    pub ca: Ca,
     /// How long finished builds are remembered.
     pub history: Option<History>,
     /// Frontends.
@@ -238,6 +242,31 @@ pub struct Dns {
     pub options: Vec<String>,
     #[serde(rename = "searchDomains")]
     pub search_domains: Vec<String>,
+    #[serde(rename = "resolvConf")]
+    pub resolv_conf: Option<String>,
+}
+
+/// A network that steps can ask for by its name (row `exec.net.named`).
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NamedNetwork {
+    /// Its CNI configuration, a `.conflist` or `.conf`.
+    #[serde(rename = "cniConfigPath")]
+    pub cni_config_path: String,
+    /// Where its plug-ins are; the worker's directory if empty.
+    #[serde(rename = "cniBinaryPath")]
+    pub cni_binary_path: Option<String>,
+    /// Whether builds may use it without asking for its entitlement.
+    #[serde(rename = "autoAllowed")]
+    pub auto_allowed: bool,
+}
+
+/// Certificates that steps trust beside their image's (row `exec.ca`).
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ca {
+    /// A file of them in PEM.
+    pub bundle: Option<String>,
 }
 
 /// History limits.

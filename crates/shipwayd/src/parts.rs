@@ -92,6 +92,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         history,
         cdi,
         entitlements,
+        networks,
         provenance,
         dockerfile,
         gateway,
@@ -120,7 +121,11 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         .await?
         .filter(|at| at.is_dir())
         .unwrap_or_else(|| root.clone());
-    let profile = tasks.apparmor.clone();
+    let (profile, ca) = (tasks.apparmor.clone(), tasks.ca.clone());
+    if let Some(bundle) = &ca {
+        // Read for each step; what is wrong from the start is better reported now.
+        bundle.read()?;
+    }
     let executor = TaskExecutor::new(&containerd, &namespace, tasks)?;
     executor.sweep().await.context(|| "remove what an earlier run left in containerd")?;
     let network = if executor.has_cni() { "cni" } else { "host" };
@@ -163,6 +168,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         emulators: Emulators::new(platforms.now(), &std::env::var_os("PATH").unwrap_or_default()),
         log_limits,
         trace_socket: traces.export.is_some().then(|| traces.socket.clone()),
+        ca,
         authority: Default::default(),
     });
     let (id, labels) = (
@@ -192,6 +198,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         traces: telemetry.traces.clone(),
         platforms: platforms.now(),
         entitlements,
+        networks,
         builder: Builder {
             dockerfile: worker::version().dockerfile_version,
             environment: provenance_environment(&provenance)?,

@@ -3,7 +3,10 @@
 //! then it is refused by name, or the log names it (`notes`). A test goes over all of them.
 
 use crate::{
-    config::{Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, Otel, Runtime, Worker},
+    config::{
+        Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, NamedNetwork, Otel, Runtime,
+        Worker,
+    },
     debug::DebugAddress,
     filter,
     flags::{Flags, Persona, stand_in},
@@ -11,14 +14,14 @@ use crate::{
 };
 use shipway_containerd::{NetworkConfig, NetworkDefault, RuntimeOptions, TaskConfig};
 use shipway_daemon::{LogFormat, LogLevel};
-use shipway_executor::etc::Dns;
+use shipway_executor::{CaBundle, etc::Dns};
 use shipway_exporters::LazyBlobs;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::ServerTls;
 use shipway_history::HistoryLimits;
-use shipway_oci::Platform;
-use shipway_ops::LogLimits;
+use shipway_oci::{NetworkName, Platform};
+use shipway_ops::{LogLimits, NetworkGrants};
 use shipway_registry::RegistryConfig;
 use shipway_sources::LocalImages;
 use shipway_telemetry::ExportSettings;
@@ -142,6 +145,8 @@ pub struct Settings {
     pub cdi: Cdi,
     /// Entitlements that may be granted.
     pub entitlements: Vec<String>,
+    /// Networks that steps can ask for, and those of them that need no asking.
+    pub networks: NetworkGrants,
     /// Directory of the JSON files that provenance has about this daemon.
     pub provenance: PathBuf,
     /// Whether there is the in-house Dockerfile frontend.
@@ -181,6 +186,8 @@ impl Settings {
             worker,
             registry,
             dns,
+            networks,
+            ca,
             history,
             frontend,
             lazy,
@@ -412,6 +419,7 @@ impl Settings {
         network.pool = Some(flags.cni_pool_size.unwrap_or(cni_pool_size))
             .filter(|n| *n > 0)
             .unwrap_or(network.pool);
+        let networks = named_networks(networks, &mut network)?;
 
         let (log_limits, unread) = log_limits(variable);
         notes.extend(unread);
@@ -432,8 +440,10 @@ impl Settings {
                 nameservers: dns.nameservers,
                 options: dns.options,
                 search: dns.search_domains,
+                resolv_conf: dns.resolv_conf.filter(|p| !p.is_empty()).map(PathBuf::from),
             };
         }
+        tasks.ca = ca.bundle.filter(|p| !p.is_empty()).map(CaBundle::new);
 
         let mut all_labels = labels;
         for label in flags.labels {
@@ -512,6 +522,7 @@ impl Settings {
             history,
             cdi,
             entitlements,
+            networks,
             provenance: provenance_env_dir.map_or_else(|| PROVENANCE.into(), PathBuf::from),
             dockerfile: frontend.dockerfile.enabled != Some(false),
             gateway: frontend.gateway,
@@ -562,6 +573,34 @@ fn traces(
             .map_or_else(|| root.join(TRACE_SOCKET), PathBuf::from),
     };
     Ok((traces, notes))
+}
+
+/// Puts the networks that are configured by name into `network`; which of them builds may use.
+fn named_networks(
+    all: BTreeMap<String, NamedNetwork>,
+    network: &mut NetworkConfig,
+) -> Result<NetworkGrants> {
+    let mut grants = NetworkGrants::default();
+    for (name, of) in all {
+        let key = format!("networks.{name}");
+        let name: NetworkName = name.parse().map_err(|e: shipway_oci::NetworkNameError| {
+            Fault::invalid(e.to_string())
+                .hint("it has letters, digits, - and _, and is not host, none, default or sandbox")
+        })?;
+        if of.cni_config_path.is_empty() {
+            return Err(Fault::invalid(format!("{key} needs cniConfigPath"))
+                .hint("it is the path of a CNI configuration, such as /etc/cni/net.d/x.conflist"));
+        }
+        let cni_bin = of.cni_binary_path.map_or_else(|| network.cni_bin.clone(), PathBuf::from);
+        let of_cni =
+            shipway_containerd::NamedNetwork { cni_config: of.cni_config_path.into(), cni_bin };
+        network.named.insert(name.clone(), of_cni);
+        if of.auto_allowed {
+            grants.allowed.insert(name.clone());
+        }
+        grants.configured.insert(name);
+    }
+    Ok(grants)
 }
 
 /// The entitlements that may be granted. Row `d.device`: whether steps get devices is for `[cdi]`

@@ -73,6 +73,12 @@ impl CniNetwork {
         Self::parse(config.to_string().as_bytes(), dirs)?.with_programs()
     }
 
+    /// Its name, which its plug-ins know it by.
+    #[cfg(test)]
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Itself, if all its programs are there.
     fn with_programs(self) -> Result<Self> {
         let all = self.plugins.iter().flat_map(|p| [text(p, "type"), text(&p["ipam"], "type")]);

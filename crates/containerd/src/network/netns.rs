@@ -26,6 +26,9 @@ pub(super) fn inside<T: Send + 'static>(
         .unwrap_or_else(|_| Err(std::io::Error::other("a thread in a network namespace panicked")))
 }
 
+/// What begins the ids by which CNI plug-ins know namespaces.
+const ID_PREFIX: &str = "shipway-";
+
 /// A namespace that a file of ours keeps alive.
 #[derive(Debug)]
 pub(super) struct NetNs {
@@ -36,7 +39,7 @@ pub(super) struct NetNs {
 impl NetNs {
     /// Makes a namespace with its loopback up, at `dir/name`.
     pub(super) async fn new(dir: &Path, name: &str) -> Result<Self> {
-        let netns = Self { path: dir.join(name), id: format!("shipway-{name}") };
+        let netns = Self { path: dir.join(name), id: format!("{ID_PREFIX}{name}") };
         let path = netns.path.clone();
         blocking("make a network namespace", move || make(&path)).await?;
         Ok(netns)
@@ -46,9 +49,9 @@ impl NetNs {
         &self.path
     }
 
-    /// Whether its name begins with `prefix`.
-    pub(super) fn is_named(&self, prefix: &str) -> bool {
-        self.path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix))
+    /// The name that it was made with.
+    pub(super) fn name(&self) -> &str {
+        self.id.strip_prefix(ID_PREFIX).unwrap_or(&self.id)
     }
 
     /// The container id that CNI plug-ins know it by.
@@ -62,7 +65,7 @@ impl NetNs {
             std::fs::read_dir(dir).map_err(|e| Fault::io(format!("list {}", dir.display()), e))?;
         let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
         Ok(names
-            .map(|name| Self { path: dir.join(&name), id: format!("shipway-{name}") })
+            .map(|name| Self { path: dir.join(&name), id: format!("{ID_PREFIX}{name}") })
             .collect())
     }
 

@@ -86,17 +86,6 @@ fn write_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     write().map_err(|e| Fault::io(format!("write {}", path.display()), e))
 }
 
-/// `resolv.conf` for a container: from the host's, or from systemd-resolved's where that is a stub
-/// out of reach.
-fn resolv_conf(dns: &etc::Dns, host_network: bool) -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let mut text = read(etc::RESOLV);
-    if !host_network && etc::is_stub(&text) {
-        text = read(etc::RESOLVED);
-    }
-    etc::resolv_conf(&text, dns, host_network)
-}
-
 /// Where secrets go: a tmpfs, so that they never reach a disk. It is mounted while a process has
 /// secrets, unless all of ours is on one anyway.
 fn secret_dir(inner: &Inner, id: &str) -> Result<(OwnDir, Option<Arc<Attached>>)> {
@@ -223,7 +212,7 @@ impl Builder<'_> {
 
     fn etc(&mut self, process: &ProcessSpec, host_network: bool) -> Result<()> {
         let files = [
-            ("resolv.conf", resolv_conf(&self.inner.config.dns, host_network)),
+            ("resolv.conf", self.inner.config.dns.resolv_conf_now(host_network)?),
             ("hosts", etc::hosts(&process.hostname, &process.extra_hosts)),
         ];
         for (name, text) in files {
@@ -315,9 +304,10 @@ pub(super) fn prepare(
     }
     let Builder { mounts, attached, .. } = builder;
     // Last, as nothing would take it out after a failure.
-    let trust = match &process.proxy {
-        Some(proxy) => Trust::add(&root.mounts, &proxy.0.trusted())?,
-        None => None,
+    let trusted = trusted(inner, process)?;
+    let trust = match trusted.is_empty() || root.read_only {
+        false => Trust::add(&root.mounts, &trusted)?,
+        true => None,
     };
     Ok(Prepared {
         user: spec::user(identity.uid, identity.gid, identity.groups),
@@ -331,11 +321,27 @@ pub(super) fn prepare(
     })
 }
 
+/// The certificates that `process` is made to trust: the operator's, and the proxy's.
+fn trusted(inner: &Inner, process: &ProcessSpec) -> Result<Vec<u8>> {
+    let mut all = match &inner.config.ca {
+        Some(bundle) => bundle.read()?.to_vec(),
+        None => Vec::new(),
+    };
+    if let Some(proxy) = &process.proxy {
+        if !all.is_empty() && !all.ends_with(b"\n") {
+            all.push(b'\n');
+        }
+        all.extend(proxy.0.trusted());
+    }
+    Ok(all)
+}
+
 /// Whether a namespace that `process` was in may serve another.
 pub(super) fn leaves_network_clean(process: &ProcessSpec) -> bool {
     // Devices may bring interfaces of the host, and their hooks do what they like.
     let edited = !process.edits.interfaces.is_empty() || !process.edits.hooks.is_empty();
-    process.security == Security::Sandbox && process.network == NetworkMode::Default && !edited
+    let ours = matches!(process.network, NetworkMode::Default | NetworkMode::Named(_));
+    process.security == Security::Sandbox && ours && !edited
 }
 
 #[cfg(test)]

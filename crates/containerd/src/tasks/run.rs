@@ -199,7 +199,10 @@ fn specification(
         read_only_root: root.read_only,
         apparmor: inner.config.apparmor.clone(),
     };
-    let network = if inner.network.is_host(process) { NetworkMode::Host } else { process.network };
+    let network = match inner.network.is_host(process) {
+        true => NetworkMode::Host,
+        false => process.network.clone(),
+    };
     let mut process = ProcessSpec { group: slot.group.clone(), network, ..process.clone() };
     let variables = parts.variables(&process);
     set_variables(&mut process.env, variables);
@@ -239,7 +242,7 @@ async fn run(
         })
     };
     let (prepared, netns) =
-        tokio::join!(prepared, inner.network.lease(process.network, process.proxy.as_ref()));
+        tokio::join!(prepared, inner.network.lease(&process.network, process.proxy.as_ref()));
     // Both are kept before either's failure is returned, so that both are cleaned up.
     let prepared = prepared.map(|p| parts.prepared = Some(p));
     parts.netns = netns.context(|| "set up the network of a step")?;

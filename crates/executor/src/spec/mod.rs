@@ -272,11 +272,11 @@ fn namespace(kind: LinuxNamespaceType, path: Option<&String>) -> LinuxNamespace 
     namespace
 }
 
-fn namespaces(network: NetworkMode, ctx: &SpecContext, host: &Host) -> Vec<LinuxNamespace> {
+fn namespaces(network: &NetworkMode, ctx: &SpecContext, host: &Host) -> Vec<LinuxNamespace> {
     use LinuxNamespaceType::{Cgroup, Ipc, Mount, Network, Pid, Uts};
     let mut all: Vec<LinuxNamespace> =
         [Pid, Ipc, Uts, Mount].map(|kind| namespace(kind, None)).into();
-    if ctx.netns.is_some() || network != NetworkMode::Host {
+    if ctx.netns.is_some() || *network != NetworkMode::Host {
         all.push(namespace(Network, ctx.netns.as_ref()));
     }
     if host.cgroup2 {
@@ -350,7 +350,7 @@ fn linux(spec: &ProcessSpec, ctx: &SpecContext, host: &Host) -> Linux {
     let mut linux = Linux::default();
     linux
         .set_cgroups_path(Some(PathBuf::from(&ctx.cgroups_path)))
-        .set_namespaces(Some(namespaces(spec.network, ctx, host)))
+        .set_namespaces(Some(namespaces(&spec.network, ctx, host)))
         .set_resources(Some(resources(&spec.resources, insecure)))
         .set_masked_paths(paths(MASKED))
         .set_readonly_paths(paths(READ_ONLY))

@@ -74,6 +74,9 @@ fn own_key(exec: &ExecOp, vertex: &Vertex) -> KeyWriter {
     if exec.proxied {
         key.flag("proxied", true);
     }
+    if let Some(name) = &exec.named_network {
+        key.text("network.name", name.as_str());
+    }
     if !is_plain_root(&exec.mounts) {
         for mount in &exec.mounts {
             key.part(&format!("mount {}", mount.dest), |key| write_mount(key, mount));

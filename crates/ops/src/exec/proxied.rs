@@ -40,7 +40,11 @@ impl Services {
         capture: Capture,
     ) -> Result<Proxied> {
         let make = || async {
-            let make = || Authority::new().map(Arc::new);
+            let ca = self.ca.clone();
+            let make = move || {
+                let more = ca.map(|bundle| bundle.read()).transpose()?.unwrap_or_default();
+                Authority::new(&more).map(Arc::new)
+            };
             shipway_task::blocking("make the certificate of the proxy network", make).await
         };
         let authority = self.authority.get_or_try_init(make).await?.clone();

@@ -89,7 +89,7 @@ pub(crate) struct Args {
     /// repeated
     #[arg(long)]
     ssh: Vec<String>,
-    /// Network of RUN steps: default, none, host
+    /// Network of RUN steps: default, none, host, or one of the daemon's by its name
     #[arg(long, value_name = "MODE")]
     network: Option<String>,
     /// Entry of /etc/hosts in RUN steps; may be repeated
@@ -118,7 +118,7 @@ pub(crate) struct Args {
     /// Cache to write, such as an image's name or type=inline; may be repeated
     #[arg(long, value_name = "CACHE")]
     cache_to: Vec<String>,
-    /// Privilege to allow: network.host, security.insecure, device; may be repeated
+    /// Privilege to allow: network.host, network.NAME, security.insecure, device; may be repeated
     #[arg(long)]
     allow: Vec<String>,
     /// File with a source policy: rules on what the build may use, as JSON

@@ -106,6 +106,11 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("dns.nameservers", "['1.1.1.1']", ""),
     ("dns.options", "['o']", ""),
     ("dns.searchDomains", "['d']", ""),
+    ("dns.resolvConf", "'/r'", ""),
+    ("networks.x.cniConfigPath", "'/p'", ""),
+    ("networks.x.cniBinaryPath", "'/b'", "networks.x.cniConfigPath = '/p'"),
+    ("networks.x.autoAllowed", "true", "networks.x.cniConfigPath = '/p'"),
+    ("ca.bundle", "'/c.pem'", ""),
     ("history.maxAge", "'1h'", ""),
     ("history.maxEntries", "3", ""),
     ("frontend.\"dockerfile.v0\".enabled", "false", ""),
@@ -243,6 +248,10 @@ fn every_key_of_the_file_works_or_is_refused_or_told_by_name() {
                 tables.push("registry.\"x\"".into());
                 continue;
             }
+            if path == "networks" {
+                tables.push("networks.x".into());
+                continue;
+            }
             let Some((_, value, needs)) = KEYS.iter().find(|(known, ..)| *known == path) else {
                 let below = format!("{path}.");
                 assert!(
@@ -269,6 +278,32 @@ fn every_key_of_the_file_works_or_is_refused_or_told_by_name() {
         }
     }
     assert_eq!(seen, KEYS.len(), "the list has keys that the file has not");
+}
+
+#[test]
+fn a_network_has_a_plain_name_and_a_configuration() {
+    for (text, says) in [
+        ("networks.host.cniConfigPath = '/p'", "\"host\" is not a valid name of a network"),
+        ("networks.\"a b\".cniConfigPath = '/p'", "\"a b\" is not a valid name"),
+        ("networks.a.autoAllowed = true", "networks.a needs cniConfigPath"),
+    ] {
+        let said = load(&[], text).unwrap_err().to_string();
+        assert!(said.contains(says), "{said}");
+    }
+    let text = "networks.a.cniConfigPath = '/a'\nworker.containerd.cniBinaryPath = '/b'\n\
+                networks.c = { cniConfigPath = '/c', cniBinaryPath = '/d', autoAllowed = true }";
+    let s = load(&[], text).unwrap();
+    let named = &s.tasks.network.named;
+    let of = |name: &str| &named[&name.parse().unwrap()];
+    assert_eq!(of("a").cni_bin.to_str(), Some("/b"));
+    assert_eq!(of("c").cni_bin.to_str(), Some("/d"));
+    let names = |all: &std::collections::BTreeSet<shipway_oci::NetworkName>| {
+        all.iter().map(|n| n.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        (names(&s.networks.configured), names(&s.networks.allowed)),
+        (vec!["a".into(), "c".into()], vec!["c".into()])
+    );
 }
 
 #[test]

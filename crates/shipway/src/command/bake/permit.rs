@@ -8,6 +8,7 @@ use std::{
 use shipway_bake::Devices;
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::parse_bool;
+use shipway_oci::NetworkName;
 
 use super::plan::Planned;
 use crate::command::build::is_remote;
@@ -29,6 +30,9 @@ pub(super) fn check(planned: &Planned) -> Result<()> {
     let needs = Needs::of(planned)?;
     if needs.network_host && !granted.network_host {
         want("steps with the network of the host".into(), "network.host".into());
+    }
+    for network in needs.networks.difference(&granted.networks) {
+        want(format!("steps on the network {network}"), network.entitlement());
     }
     if needs.security_insecure && !granted.security_insecure {
         want("privileged steps".into(), "security.insecure".into());
@@ -73,6 +77,7 @@ pub(super) fn check(planned: &Planned) -> Result<()> {
 #[derive(Default)]
 struct Needs {
     network_host: bool,
+    networks: BTreeSet<NetworkName>,
     security_insecure: bool,
     ssh: bool,
     devices: Devices,
@@ -87,6 +92,9 @@ impl Needs {
             for entitlement in target.entitlements.iter().flatten() {
                 match entitlement.split_once('=').unwrap_or((entitlement, "")) {
                     ("network.host", _) => needs.network_host = true,
+                    (name, "") if NetworkName::of_entitlement(name).is_some() => {
+                        needs.networks.extend(NetworkName::of_entitlement(name));
+                    }
                     ("security.insecure", _) => needs.security_insecure = true,
                     ("device", rest) => needs.devices.add(rest)?,
                     _ => {}

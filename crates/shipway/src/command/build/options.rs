@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, io::Cursor, path::Path};
 use shipway_client::{Definition, Export, Policy, SolveOptions, Target, shared_key};
 use shipway_fault::{Code, Context, Fault, Result, nearest};
 use shipway_gocompat::parse_bool;
-use shipway_oci::{ImageName, Platform};
+use shipway_oci::{ImageName, NetworkName, Platform};
 use tokio::io::AsyncReadExt;
 
 use super::{
@@ -218,6 +218,7 @@ fn steps(
     attrs: &mut BTreeMap<String, String>,
     entitlements: &mut Vec<String>,
 ) -> Result<()> {
+    let likely = |name: &str| nearest(name, ["default", "none", "host"]).map(str::to_owned);
     match args.network.as_deref() {
         None | Some("" | "default" | "sandbox") => {}
         Some("none") => _ = attrs.insert("force-network-mode".to_owned(), "none".to_owned()),
@@ -227,12 +228,18 @@ fn steps(
                 entitlements.push("network.host".to_owned());
             }
         }
+        // Asking for it does not grant it: definitions of bake ask, too.
+        Some(other) if other.parse::<NetworkName>().is_ok() && likely(other).is_none() => {
+            attrs.insert("force-network-mode".to_owned(), other.to_owned());
+        }
         Some(other) => {
             let fault = Fault::invalid(format!("network mode {other:?} not supported"));
-            return Err(match nearest(other, ["default", "none", "host"]) {
-                Some(near) => fault.hint(format!("did you mean {near}?")),
-                None => fault.hint("it is default, none or host"),
-            });
+            if let Some(near) = likely(other) {
+                return Err(fault.hint(format!("did you mean {near}?")));
+            }
+            return Err(
+                fault.hint("it is default, none, host or the name of one of the daemon's networks")
+            );
         }
     }
     if !args.add_hosts.is_empty() {
@@ -676,7 +683,9 @@ mod tests {
         check("--no-cache --pull", &["image-resolve-mode=pull", "no-cache=", none]);
         check("--no-cache-filter a,b --pull=false", &["no-cache=a,b", none]);
         check("--network host", &["force-network-mode=host", none, "allow network.host"]);
-        check("--network bridge", &["error network mode \"bridge\" not supported"]);
+        check("--network corp", &["force-network-mode=corp", none]);
+        check("--network hosts", &["error network mode \"hosts\" not supported"]);
+        check("--network a/b", &["error network mode \"a/b\" not supported"]);
         check(
             "--add-host a:1.2.3.4 --add-host b=::1 --add-host c:[::2]",
             &["add-hosts=a=1.2.3.4,b=::1,c=::2", none],
