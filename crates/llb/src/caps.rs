@@ -89,6 +89,9 @@ pub const LLB: &[&str] = &[
     "exporter.sourcedateepoch",
     "exporter.multiple",
     "exporter.session",
+    "cache.gha",
+    "cache.s3",
+    "cache.azblob",
     "gc.freespacefilter",
     "history.filter",
     "source.policy",
@@ -96,7 +99,7 @@ pub const LLB: &[&str] = &[
 ];
 
 /// What BuildKit has and this daemon lacks.
-pub const LLB_MISSING: &[&str] = &["cache.gha", "cache.s3", "cache.azblob"];
+pub const LLB_MISSING: &[&str] = &[];
 
 /// Gateway capabilities that this daemon has.
 pub const GATEWAY: &[&str] = &[

@@ -95,13 +95,7 @@ pub(crate) fn typed_output(text: &str) -> Result<Export> {
 
 /// A value of `--export-cache` or `--import-cache`; a bare name is a registry's reference.
 pub(crate) fn cache(text: &str, flag: &str, export: bool) -> Result<CacheEntry> {
-    let (kind, mut attrs) = if text.contains("type=") {
-        csv::kind(text, flag)?
-    } else if text.contains('=') && !text.contains('@') {
-        return Err(Fault::invalid(format!("{flag} requires type=<type>")));
-    } else {
-        ("registry".to_owned(), BTreeMap::from([("ref".to_owned(), text.to_owned())]))
-    };
+    let (kind, mut attrs) = typed_or_reference(text, flag)?;
     if kind == "registry" && attrs.get("ref").is_none_or(String::is_empty) {
         return Err(Fault::invalid(format!(
             "{flag}: a cache of type registry requires ref=<name>"
@@ -143,6 +137,35 @@ fn github(
         ));
     }
     Ok(())
+}
+
+/// A type with attributes; a bare name is the reference of something in a registry.
+fn typed_or_reference(text: &str, flag: &str) -> Result<(String, BTreeMap<String, String>)> {
+    if text.contains("type=") {
+        csv::kind(text, flag)
+    } else if text.contains('=') && !text.contains('@') {
+        Err(Fault::invalid(format!("{flag} requires type=<type>")))
+    } else {
+        Ok(("registry".to_owned(), BTreeMap::from([("ref".to_owned(), text.to_owned())])))
+    }
+}
+
+/// Credentials of the environment for a cache in S3, unless it has some, as buildx fills them in;
+/// otherwise the daemon's own count.
+pub(crate) fn amazon(mut cache: CacheEntry, env: &dyn Fn(&str) -> Option<String>) -> CacheEntry {
+    let attrs = &mut cache.attrs;
+    let named = ["access_key_id", "secret_access_key", "session_token"];
+    if cache.kind != "s3" || named.iter().any(|key| attrs.contains_key(*key)) {
+        return cache;
+    }
+    let given = |name: &str| env(name).filter(|v| !v.is_empty());
+    // Half of a pair opens nothing, and would keep the daemon from using its own.
+    if let (Some(id), Some(secret)) = (given("AWS_ACCESS_KEY_ID"), given("AWS_SECRET_ACCESS_KEY")) {
+        attrs.insert("access_key_id".to_owned(), id);
+        attrs.insert("secret_access_key".to_owned(), secret);
+        attrs.extend(given("AWS_SESSION_TOKEN").map(|token| ("session_token".to_owned(), token)));
+    }
+    cache
 }
 
 /// Values of `--secret`.
@@ -374,6 +397,29 @@ mod tests {
         );
         assert!(fill(&[], &[token]).is_err_and(|why| why.contains("requires url")));
         assert!(fill(&[], &[url]).is_err_and(|why| why.contains("requires token")));
+    }
+
+    #[test]
+    fn a_cache_in_s3_takes_credentials_of_the_environment() {
+        let fill = |text: &str, environment: &[(&str, &str)]| {
+            let env = |name: &str| {
+                environment.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned())
+            };
+            let attrs = amazon(cache(text, "--cache", false).expect("a cache"), &env).attrs;
+            let secrets = ["access_key_id", "secret_access_key", "session_token"];
+            secrets.map(|key| attrs.get(key).cloned().unwrap_or_default()).join(" ")
+        };
+        let (id, secret, token) = (
+            ("AWS_ACCESS_KEY_ID", "i"),
+            ("AWS_SECRET_ACCESS_KEY", "s"),
+            ("AWS_SESSION_TOKEN", "t"),
+        );
+        assert_eq!(fill("type=s3", &[id, secret]), "i s ");
+        assert_eq!(fill("type=s3", &[id, secret, token]), "i s t");
+        assert_eq!(fill("type=s3", &[id, ("AWS_SECRET_ACCESS_KEY", "")]), "  ");
+        let own = "type=s3,access_key_id=a,secret_access_key=b";
+        assert_eq!(fill(own, &[id, secret, token]), "a b ");
+        assert_eq!(fill("type=gha,url=u,token=x", &[id, secret]), "  ");
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub struct Config {
     pub lazy: Lazy,
     /// Limits.
     pub system: System,
-    /// Settings of the gha cache; the log says that there is none.
+    /// Settings of the gha cache. Those that there are, for signatures, are refused.
     pub cache: Option<toml::Table>,
 }
 

@@ -199,13 +199,7 @@ impl Settings {
         note(debug, "debug is deprecated: use log.level = \"debug\"");
         note(trace, "trace is deprecated: use log.level = \"trace\"");
         note(flags.trace, "--trace is deprecated: use --log-level=trace");
-        for key in cache.iter().flat_map(toml::Table::keys) {
-            if key != "gha" {
-                return Err(Fault::invalid(format!("unknown field `cache.{key}`"))
-                    .hint("did you mean `cache.gha`?"));
-            }
-            note(true, "cache.gha has no effect: there is no gha cache");
-        }
+        check_caches(cache.as_ref())?;
 
         let root =
             flags.root.clone().or(root.map(Into::into)).unwrap_or_else(|| persona.root().into());
@@ -618,6 +612,27 @@ fn entitlements(mut named: Vec<String>, no_devices: bool) -> Result<Vec<String>>
         named.push("device".into());
     }
     Ok(named)
+}
+
+/// Refuses settings of caches that would be trusted without effect: who asks for signatures must
+/// not get caches that nobody verifies (row `toml.gha`).
+fn check_caches(caches: Option<&toml::Table>) -> Result<()> {
+    for (kind, settings) in caches.into_iter().flatten() {
+        if kind != "gha" {
+            return Err(Fault::invalid(format!("unknown field `cache.{kind}`"))
+                .hint("did you mean `cache.gha`?"));
+        }
+        if let Some(key) = settings.as_table().and_then(|table| table.keys().next()) {
+            return Err(match key.as_str() {
+                "sign" | "verify" => Fault::unimplemented(format!(
+                    "cache.gha.{key}: signatures of indexes in GitHub's cache"
+                ))
+                .hint("remove the table: these caches are neither signed nor verified"),
+                _ => Fault::invalid(format!("unknown field `cache.gha.{key}`")),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The limits of a step's output that the environment sets (row `env.logclip`), and what is wrong

@@ -186,6 +186,33 @@ async fn one_list_tells_what_is_there() {
 }
 
 #[tokio::test]
+async fn an_export_with_nothing_new_is_two_requests_and_an_import_one() {
+    let store = Store::default();
+    let standin = serve(&store).await;
+    let content = |n: u32| Bytes::from(n.to_le_bytes().repeat(1 << 14));
+    let layers: Vec<_> = (0..100).map(|n| layer(&content(n))).collect();
+    let config = Bytes::from(vec![b' '; 20_000]);
+    // An export as `remotecache` does it: what is there, then what is not, then the config.
+    let export = async || {
+        let cache = open(&standin, &[]).await;
+        let there = cache.present(&layers).await.unwrap();
+        for (n, layer) in layers.iter().enumerate().filter(|(_, l)| !there.contains(&l.digest)) {
+            cache.write(layer, &Held(content(n as u32))).await.unwrap();
+        }
+        cache.publish(config.clone()).await.unwrap();
+        let asked = standin.take();
+        (asked.len(), asked.iter().map(|s| s.body.len()).sum::<usize>())
+    };
+    let (first, all) = export().await;
+    assert_eq!(first, 102);
+    let (again, sent) = export().await;
+    assert_eq!(again, 2);
+    assert!(sent * 20 <= all, "{sent} of {all} bytes were sent again");
+    open(&standin, &[]).await.configs().await.unwrap();
+    assert_eq!(standin.take().len(), 1);
+}
+
+#[tokio::test]
 async fn a_bucket_that_cannot_be_listed_or_is_large_is_asked_for_each() {
     let store = Store::default();
     let layers: Vec<_> = (0..9_u32).map(|n| layer(&n.to_le_bytes())).collect();

@@ -508,3 +508,17 @@ fn limits_of_the_output_of_steps_come_from_the_environment() {
         "{notes:?}"
     );
 }
+
+#[test]
+fn signatures_of_githubs_cache_are_refused_rather_than_passed_over() {
+    let say = |file: &str| load(&[], file).map(drop).map_err(|f| f.to_string());
+    assert_eq!(say("[cache.gha]"), Ok(()));
+    for (file, words) in [
+        ("[cache.gha.sign]\ncommand = ['cosign']", "cache.gha.sign: signatures of indexes"),
+        ("[cache.gha.verify]\nrequired = true", "cache.gha.verify: signatures of indexes"),
+        ("[cache.gha.x]", "unknown field `cache.gha.x`"),
+        ("[cache.s3]", "unknown field `cache.s3`"),
+    ] {
+        assert!(say(file).is_err_and(|why| why.contains(words)), "{file}: {:?}", say(file));
+    }
+}

@@ -28,12 +28,12 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
         cache_exports: args
             .cache_to
             .iter()
-            .map(|text| spec::cache(text, "--cache-to", true))
+            .map(|text| Ok(spec::amazon(spec::cache(text, "--cache-to", true)?, env)))
             .collect::<Result<_>>()?,
         cache_imports: args
             .cache_from
             .iter()
-            .map(|text| spec::cache(text, "--cache-from", false))
+            .map(|text| Ok(spec::amazon(spec::cache(text, "--cache-from", false)?, env)))
             .collect::<Result<_>>()?,
         secrets: spec::secrets(&args.secrets)?,
         ssh: spec::ssh(&args.ssh)?,
