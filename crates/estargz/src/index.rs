@@ -9,7 +9,7 @@
 //!
 //! What containers do not see has no place: landmarks, and files whose name makes them a whiteout.
 
-use crate::{Chunk, Content, Entry, EntryId, Kind, Toc};
+use crate::{Chunk, Content, EntryId, Kind, Toc};
 use shipway_oci::Digest;
 
 /// Files begin at multiples of so many bytes.
@@ -84,10 +84,30 @@ impl Record {
     }
 }
 
-/// Whether containers see no file where the tar has this one.
-fn is_hidden(file: Entry<'_>) -> bool {
-    let name = file.path().rsplit(|b| *b == b'/').next().unwrap_or_default();
-    file.is_landmark() || name.starts_with(WHITEOUT)
+/// Where files go in the file of data, one after the other: all files that are not landmarks, in the
+/// order of the archive.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DataPlaces {
+    end: u64,
+}
+
+impl DataPlaces {
+    /// Where the data of the next file begins; `None` if it has none there, because it is empty or
+    /// because its name makes it a whiteout.
+    pub fn next(&mut self, path: &[u8], size: u64) -> Option<u64> {
+        let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
+        if size == 0 || name.starts_with(WHITEOUT) {
+            return None;
+        }
+        let start = self.end.checked_next_multiple_of(DATA_BLOCK)?;
+        self.end = start.checked_add(size)?;
+        Some(start)
+    }
+
+    /// Where the data of the last one ends.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
 }
 
 impl Toc {
@@ -95,14 +115,12 @@ impl Toc {
     /// whiteouts are left out.
     pub fn data_starts(&self) -> impl Iterator<Item = (EntryId, u64)> {
         // What is added up is bounded by `MAX_DATA`, and a block for each of `MAX_ENTRIES`.
-        let files = self.entries().filter_map(|entry| match entry.kind() {
-            Kind::File { size: size @ 1.., .. } if !is_hidden(entry) => Some((entry.id(), size)),
+        let mut places = DataPlaces::default();
+        self.entries().filter_map(move |entry| match entry.kind() {
+            Kind::File { size, .. } if !entry.is_landmark() => {
+                Some((entry.id(), places.next(entry.path(), size)?))
+            }
             _ => None,
-        });
-        files.scan(0u64, |end, (id, size)| {
-            let start = end.next_multiple_of(DATA_BLOCK);
-            *end = start + size;
-            Some((id, start))
         })
     }
 

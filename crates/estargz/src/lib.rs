@@ -52,7 +52,7 @@ pub use footer::{
     ESTARGZ_FOOTER, EXTERNAL_FOOTER, LONGEST_FOOTER, Layout, MAX_COMPRESSED_TOC, MAX_TOC,
     STARGZ_FOOTER, Tail, ZSTD_FOOTER, ZSTD_FOOTER_TAR_SPLIT,
 };
-pub use index::{DATA_BLOCK, Record};
+pub use index::{DATA_BLOCK, DataPlaces, Record};
 pub use of_tar::{TocMaker, TocPiece};
 pub use tar::{TarEntry, TarKind};
 pub use toc::{

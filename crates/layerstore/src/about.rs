@@ -3,7 +3,7 @@
 use crate::{Error, Refused, Result, disk};
 use serde::{Deserialize, Serialize};
 use shipway_estargz::{Codec, Landmark};
-use shipway_oci::{Digest, Hasher};
+use shipway_oci::{DiffId, Digest, Hasher};
 use std::{fmt, path::Path};
 
 /// Name of the file.
@@ -88,6 +88,19 @@ enum StoredCodec {
     // Earlier versions refuse these, and so have the layers made again.
     PlainGzip,
     PlainZstd,
+    SealedGzip,
+    SealedZstd,
+}
+
+/// How the pieces of a layer's blob are decompressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pieces {
+    /// Each is a gzip member or zstd frame.
+    Frames,
+    /// By a file of spans, of this length and digest.
+    Spans(u64, Digest),
+    /// Not at all: the layer is whole, or it is not there.
+    Sealed,
 }
 
 /// What never changes.
@@ -110,14 +123,25 @@ pub(crate) struct Fixed {
     pub spans_bytes: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spans_digest: Option<Digest>,
+    /// Digest of the tar, where all of it was read before the layer was made: of plain layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_id: Option<DiffId>,
 }
 
 impl Fixed {
     pub fn codec(&self) -> Codec {
         match self.codec {
-            StoredCodec::Gzip | StoredCodec::PlainGzip => Codec::Gzip,
-            StoredCodec::Zstd | StoredCodec::PlainZstd => Codec::Zstd,
+            StoredCodec::Gzip | StoredCodec::PlainGzip | StoredCodec::SealedGzip => Codec::Gzip,
+            StoredCodec::Zstd | StoredCodec::PlainZstd | StoredCodec::SealedZstd => Codec::Zstd,
         }
+    }
+
+    pub fn is_plain(&self) -> bool {
+        !matches!(self.codec, StoredCodec::Gzip | StoredCodec::Zstd)
+    }
+
+    pub fn is_sealed(&self) -> bool {
+        matches!(self.codec, StoredCodec::SealedGzip | StoredCodec::SealedZstd)
     }
 
     pub fn landmark(&self) -> Option<Landmark> {
@@ -127,16 +151,19 @@ impl Fixed {
         })
     }
 
-    /// `spans` is the length and the digest of the file of spans, if it has one.
-    pub fn set(&mut self, codec: Codec, landmark: Option<Landmark>, spans: Option<(u64, Digest)>) {
-        self.codec = match (codec, spans) {
-            (Codec::Gzip, None) => StoredCodec::Gzip,
-            (Codec::Zstd, None) => StoredCodec::Zstd,
-            (Codec::Gzip, Some(_)) => StoredCodec::PlainGzip,
-            (Codec::Zstd, Some(_)) => StoredCodec::PlainZstd,
+    pub fn set(&mut self, codec: Codec, landmark: Option<Landmark>, pieces: Pieces) {
+        self.codec = match (codec, pieces) {
+            (Codec::Gzip, Pieces::Frames) => StoredCodec::Gzip,
+            (Codec::Zstd, Pieces::Frames) => StoredCodec::Zstd,
+            (Codec::Gzip, Pieces::Spans(..)) => StoredCodec::PlainGzip,
+            (Codec::Zstd, Pieces::Spans(..)) => StoredCodec::PlainZstd,
+            (Codec::Gzip, Pieces::Sealed) => StoredCodec::SealedGzip,
+            (Codec::Zstd, Pieces::Sealed) => StoredCodec::SealedZstd,
         };
-        let (bytes, digest) = spans.unzip();
-        (self.spans_bytes, self.spans_digest) = (bytes.unwrap_or_default(), digest);
+        (self.spans_bytes, self.spans_digest) = match pieces {
+            Pieces::Spans(bytes, digest) => (bytes, Some(digest)),
+            Pieces::Frames | Pieces::Sealed => (0, None),
+        };
         // No blob has data at its very beginning, where a header is.
         self.landmark = landmark.map(|landmark| match landmark {
             Landmark::NoPrefetch => 0,
@@ -159,6 +186,7 @@ impl Fixed {
             meta_digest: Digest::from_bytes([0; 32]),
             spans_bytes: 0,
             spans_digest: None,
+            diff_id: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    about::{About, Changing, Fixed, LayerKey, LayerNumber, State},
+    about::{ABOUT, About, Changing, Fixed, LayerKey, LayerNumber, State},
     bits::Bits,
     disk,
     fetch::Extents,
@@ -16,7 +16,7 @@ use rustix::{
     io::Errno,
 };
 use shipway_estargz::{Codec, DATA_BLOCK, Landmark, Record};
-use shipway_oci::{Digest, Hasher};
+use shipway_oci::{DiffId, Digest, Hasher};
 use std::{
     fs::File,
     io,
@@ -472,7 +472,18 @@ impl Layer {
 
     /// Whether it was made of a blob without a table of contents.
     pub fn is_plain(&self) -> bool {
-        self.fixed.spans_digest.is_some()
+        self.fixed.is_plain()
+    }
+
+    /// Whether its blob cannot be decompressed from the middle: all of its data is there as long as
+    /// the layer is, and nothing of it can be given up alone.
+    pub fn is_sealed(&self) -> bool {
+        self.fixed.is_sealed()
+    }
+
+    /// Digest of its tar, which is known of plain layers.
+    pub fn diff_id(&self) -> Option<DiffId> {
+        self.fixed.diff_id
     }
 
     /// Checks the file of spans of a plain layer, if that was not done: who is about to use the
@@ -538,7 +549,7 @@ impl Layer {
         Ok(self.open.get_or_init(|| Arc::new(open)))
     }
 
-    /// Compares the lengths of the files with what they should be.
+    /// Whether the files are there, by their lengths.
     pub(crate) fn check_lengths(&self) -> Result<()> {
         for (file, length) in [
             (META, self.fixed.meta_bytes),
@@ -547,7 +558,7 @@ impl Layer {
             (CLAIMS, Bits::bytes(self.fixed.chunks)),
             (SPANS, self.fixed.spans_bytes),
         ] {
-            if file == SPANS && !self.is_plain() {
+            if file == SPANS && self.fixed.spans_digest.is_none() {
                 continue;
             }
             let path = self.directory.join(file);
@@ -556,6 +567,14 @@ impl Layer {
                 let why = "it is not there or has another length";
                 return Err(Error::Damaged { layer: self.number(), file, why });
             }
+        }
+        if self.is_plain() && self.diff_id().is_none() {
+            let why = "it does not say what the digest of the tar is";
+            return Err(Error::Damaged { layer: self.number(), file: ABOUT, why });
+        }
+        if self.is_sealed() && self.state() != State::Whole {
+            let why = "the layer cannot be fetched in parts";
+            return Err(Error::Damaged { layer: self.number(), file: WHOLE, why });
         }
         Ok(())
     }

@@ -23,6 +23,8 @@
 //! - [`Plain`] is an ordinary layer, of which somebody has the whole blob for once:
 //!   [`LayerStore::create_plain`] keeps what makes it lazy the next time. How the bytes of a frame
 //!   are decompressed is all that is different about it.
+//! - [`LayerStore::unpack`] writes the data while the blob comes: the layer is whole when it is
+//!   made.
 //!
 //! # A miss
 //!
@@ -61,6 +63,7 @@ mod plain;
 mod room;
 mod spans;
 mod store;
+mod unpack;
 
 pub use about::{
     Description, LayerKey, LayerNumber, MAX_ABOUT, MAX_REPOSITORIES, MAX_REPOSITORY, State,
@@ -72,6 +75,7 @@ pub use layer::{Good, Layer, SEGMENT, Usage};
 pub use plain::Plain;
 pub use room::{Eviction, Evictions, Room, Use};
 pub use store::{Damage, LayerStore, Options};
+pub use unpack::Unpacked;
 
 use parking_lot::{Mutex, MutexGuard};
 

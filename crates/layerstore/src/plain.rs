@@ -2,12 +2,12 @@
 //! where it can be decompressed from (crate `plainlayer`) in a file of their own.
 
 use crate::{
-    Chunk, Description, Error, Good, Layer, LayerKey, LayerStore, Result, finish::Blob,
-    spans::damaged,
+    Chunk, Description, Error, Good, Layer, LayerKey, LayerStore, Result, about::Pieces,
+    finish::Blob, spans::damaged, unpack::Data,
 };
 use shipway_archive::TarReader;
-use shipway_estargz::{Codec, TarEntry, Toc};
-use shipway_oci::Digest;
+use shipway_estargz::{Codec, TarEntry, TarKind, Toc};
+use shipway_oci::{DiffId, Digest};
 use shipway_plainlayer::{Maker, SPAN, Scan, Scanner};
 use std::{
     io::{self, Read},
@@ -21,6 +21,55 @@ impl LayerKey {
     /// That of a blob that has no table of contents. Which one is made of it is our own affair.
     pub fn plain(blob: Digest) -> Self {
         Self { blob, toc: Digest::of("plain layer") }
+    }
+}
+
+/// What there is of a layer besides its table of contents when it is made.
+#[derive(Clone, Copy)]
+pub(crate) enum Made<'a> {
+    /// Nothing.
+    OfToc,
+    /// The whole blob was read.
+    OfPlain {
+        /// Digest of its tar.
+        diff_id: DiffId,
+        /// The file of spans, if it can be resumed.
+        spans: Option<&'a [u8]>,
+        /// All of its data, if it was written.
+        data: Option<&'a Data>,
+    },
+}
+
+impl<'a> Made<'a> {
+    pub fn pieces(self) -> Pieces {
+        match self {
+            Self::OfToc => Pieces::Frames,
+            Self::OfPlain { spans: Some(spans), .. } => {
+                Pieces::Spans(spans.len() as u64, Digest::of(spans))
+            }
+            Self::OfPlain { spans: None, .. } => Pieces::Sealed,
+        }
+    }
+
+    pub fn diff_id(self) -> Option<DiffId> {
+        match self {
+            Self::OfToc => None,
+            Self::OfPlain { diff_id, .. } => Some(diff_id),
+        }
+    }
+
+    pub fn spans(self) -> Option<&'a [u8]> {
+        match self {
+            Self::OfToc => None,
+            Self::OfPlain { spans, .. } => spans,
+        }
+    }
+
+    pub fn data(self) -> Option<&'a Data> {
+        match self {
+            Self::OfToc => None,
+            Self::OfPlain { data, .. } => data,
+        }
     }
 }
 
@@ -42,39 +91,57 @@ impl Plain {
     /// With spans of at least `length` bytes of the tar.
     pub fn with_spans_of(length: u64, codec: Codec, blob: impl Read) -> Result<Self> {
         let scanner = Scanner::new(codec, blob).map_err(shipway_plainlayer::Error::from)?;
-        let mut scanner = scanner.spans_of(length);
-        match Self::scan(codec, &mut scanner) {
+        Self::of(codec, scanner.spans_of(length), None)
+    }
+
+    /// Reads all that comes out of `scanner`, and writes the contents of files to `data`.
+    pub(crate) fn of(
+        codec: Codec,
+        mut scanner: Scanner<impl Read>,
+        data: Option<&mut Data>,
+    ) -> Result<Self> {
+        match Self::scan(codec, &mut scanner, data) {
             Ok(maker) => {
                 let scan = scanner.finish()?;
                 let toc = maker.finish(&scan)?;
                 Ok(Self { scan, toc, codec })
             }
             // What the scanner met is more than what the reader of tars says of it.
-            Err(error) => Err(scanner.take_error().unwrap_or(error).into()),
+            Err(error) => Err(scanner.take_error().map_or(error, Error::from)),
         }
     }
 
     fn scan(
         codec: Codec,
         scanner: &mut Scanner<impl Read>,
-    ) -> Result<Maker, shipway_plainlayer::Error> {
+        mut data: Option<&mut Data>,
+    ) -> Result<Maker> {
+        let read = |error| Error::from(shipway_plainlayer::Error::Io(error));
         let mut maker = Maker::new(codec, scanner.progress());
         // No buffer between: the maker goes by what the scanner was asked for.
         let mut tar = TarReader::new(scanner);
         let mut buffer = vec![0; BUFFER];
-        while let Some(member) = tar.next_member()? {
-            maker.entry(&TarEntry::from(&member))?;
+        while let Some(member) = tar.next_member().map_err(read)? {
+            let entry = TarEntry::from(&member);
+            maker.entry(&entry)?;
+            if let (Some(data), TarKind::File(size)) = (&mut data, entry.kind) {
+                data.file(&entry.path, size);
+            }
             let mut at = 0;
-            while let Some(piece) = tar.piece(&mut buffer)? {
+            while let Some(piece) = tar.piece(&mut buffer).map_err(read)? {
                 if piece.offset != at {
                     break;
                 }
-                maker.data(&buffer[..piece.len])?;
+                let bytes = &buffer[..piece.len];
+                maker.data(bytes)?;
+                if let Some(data) = &mut data {
+                    data.write(bytes)?;
+                }
                 at += piece.len as u64;
             }
             if at != member.size {
                 let name = String::from_utf8_lossy(&member.path).chars().take(200).collect();
-                return Err(shipway_plainlayer::Error::Sparse(name));
+                return Err(shipway_plainlayer::Error::Sparse(name).into());
             }
         }
         Ok(maker)
@@ -86,8 +153,8 @@ impl Plain {
     }
 
     /// Digest of its tar.
-    pub fn diff_id(&self) -> Digest {
-        self.scan.diff_id
+    pub fn diff_id(&self) -> DiffId {
+        DiffId(self.scan.diff_id)
     }
 
     /// What is in it.
@@ -102,10 +169,22 @@ impl LayerStore {
     ///
     /// [`Error::Refused`] if the layer has to be unpacked.
     pub fn create_plain(&self, plain: &Plain, repository: &str) -> Result<Arc<Layer>> {
+        self.create_of(plain, None, repository)
+    }
+
+    /// The same with all of its data, if it was written.
+    pub(crate) fn create_of(
+        &self,
+        plain: &Plain,
+        data: Option<&Data>,
+        repository: &str,
+    ) -> Result<Arc<Layer>> {
         let Plain { scan, toc, codec } = plain;
         let about =
             Description { blob_size: scan.size, codec: *codec, repository: repository.to_owned() };
-        self.create_with(LayerKey::plain(scan.blob), &about, toc, Some(&scan.encode()))
+        let spans = scan.is_resumable().then(|| scan.encode());
+        let of = Made::OfPlain { diff_id: plain.diff_id(), spans: spans.as_deref(), data };
+        self.create_with(LayerKey::plain(scan.blob), &about, toc, of)
     }
 }
 

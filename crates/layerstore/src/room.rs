@@ -192,8 +192,11 @@ impl Iterator for Evictions<'_> {
 }
 
 impl Layer {
-    /// Its segments that have data.
+    /// Its segments that have data and can be fetched again.
     fn candidates(self: &Arc<Self>, all: &mut Vec<Candidate>) -> Result<()> {
+        if self.is_sealed() {
+            return Ok(());
+        }
         let open = self.open()?;
         for (segment, used) in open.segments_with_data()? {
             let used = (used, self.last_used());

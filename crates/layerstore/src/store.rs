@@ -5,8 +5,9 @@ use crate::{
     about::{ABOUT, About, Changing, Description, Fixed, LayerKey, LayerNumber},
     bits::Bits,
     build, disk, index,
-    layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META},
+    layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META, WHOLE},
     lock,
+    plain::Made,
     spans::SPANS,
 };
 use parking_lot::{Condvar, Mutex};
@@ -16,14 +17,17 @@ use rustix::{
 };
 use shipway_erofs::{BLOCK, Form, OpaqueMark};
 use shipway_estargz::Toc;
-use shipway_oci::{Digest, Hasher};
+use shipway_oci::Hasher;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Instant, SystemTime},
 };
 
@@ -90,6 +94,8 @@ pub struct LayerStore {
     made: Condvar,
     /// One at a time empties the trash.
     emptying: Mutex<()>,
+    /// How often data was written before its layer was made.
+    unpacked: AtomicU64,
     /// Holds the lock.
     _lock: File,
 }
@@ -133,6 +139,7 @@ impl LayerStore {
             tables: Mutex::default(),
             made: Condvar::new(),
             emptying: Mutex::new(()),
+            unpacked: AtomicU64::new(0),
             _lock: lock,
         };
         let mut tables = store.load()?;
@@ -248,16 +255,16 @@ impl LayerStore {
     ///
     /// [`Error::Refused`] if the layer has to be unpacked.
     pub fn create(&self, key: LayerKey, about: &Description, toc: &Toc) -> Result<Arc<Layer>> {
-        self.create_with(key, about, toc, None)
+        self.create_with(key, about, toc, Made::OfToc)
     }
 
-    /// As [`LayerStore::create`], of a plain layer with its file of spans.
+    /// As [`LayerStore::create`], of what there is besides the table of contents.
     pub(crate) fn create_with(
         &self,
         key: LayerKey,
         about: &Description,
         toc: &Toc,
-        spans: Option<&[u8]>,
+        of: Made<'_>,
     ) -> Result<Arc<Layer>> {
         let number = {
             let mut tables = lock(&self.tables);
@@ -282,7 +289,7 @@ impl LayerStore {
             tables.making.insert(key);
             LayerNumber(number)
         };
-        let made = self.make(number, key, about, toc, spans);
+        let made = self.make(number, key, about, toc, of);
         let mut tables = lock(&self.tables);
         tables.making.remove(&key);
         let made = made.map(Arc::new);
@@ -300,10 +307,10 @@ impl LayerStore {
         key: LayerKey,
         about: &Description,
         toc: &Toc,
-        spans: Option<&[u8]>,
+        of: Made<'_>,
     ) -> Result<Layer> {
         let new = self.directory.join(format!("{NEW}{number}"));
-        let made = self.make_in(&new, number, key, about, toc, spans).and_then(|about| {
+        let made = self.make_in(&new, number, key, about, toc, of).and_then(|about| {
             let path = self.path(number);
             renameat_with(CWD, &new, CWD, &path, RenameFlags::NOREPLACE)
                 .map_err(Error::at("rename", &new))?;
@@ -326,12 +333,12 @@ impl LayerStore {
         key: LayerKey,
         about: &Description,
         toc: &Toc,
-        spans: Option<&[u8]>,
+        of: Made<'_>,
     ) -> Result<About> {
         let image = build::image(&key, toc, self.options.opaque)?;
         let mut fixed = Fixed::new(key, number);
-        let of_spans = spans.map(|spans| (spans.len() as u64, Digest::of(spans)));
-        fixed.set(about.codec, toc.landmark(), of_spans);
+        fixed.set(about.codec, toc.landmark(), of.pieces());
+        fixed.diff_id = of.diff_id();
         fixed.blob_size = about.blob_size;
         fixed.frames = u32::try_from(toc.frames().count()).unwrap_or(u32::MAX);
         fixed.data_blocks = image.data_blocks().into();
@@ -356,16 +363,25 @@ impl LayerStore {
             fixed.chunks = index::write(&key, toc.records(), &mut file)?;
             file.flush()
         })?;
-        if let Some(spans) = spans {
+        if let Some(spans) = of.spans() {
             file(SPANS, &mut |file| file.write_all_at(spans, 0))?;
         }
         // Zeros and not a hole: to claim something later needs no space.
         let claims = Bits::bytes(fixed.chunks) as usize;
-        file(CLAIMS, &mut |file| file.write_all_at(&vec![0; claims], 0))?;
-        file(DATA, &mut |file| file.set_len(fixed.data_blocks * BLOCK))?;
+        let claimed = if of.data().is_some() { u8::MAX } else { 0 };
+        file(CLAIMS, &mut |file| file.write_all_at(&vec![claimed; claims], 0))?;
+        match of.data() {
+            None => file(DATA, &mut |file| file.set_len(fixed.data_blocks * BLOCK))?,
+            Some(data) => {
+                files.push(data.place(directory, toc, fixed.data_blocks * BLOCK)?);
+                let path = directory.join(WHOLE);
+                files.push((path.clone(), disk::create(&path)?));
+            }
+        }
         let about = About { fixed, changing };
         about.save(directory, false)?;
-        if self.options.fsync {
+        // Whatever the options say, that data is whole is believed after the next boot.
+        if self.options.fsync || of.data().is_some() {
             for name in [ABOUT, ""] {
                 let path = directory.join(name);
                 files.push((path.clone(), File::open(&path).map_err(Error::at("open", &path))?));
@@ -406,6 +422,14 @@ impl LayerStore {
         }
         self.remove_from(&mut tables, number)?;
         Ok(true)
+    }
+
+    /// A new directory in which something is made; what is left in it goes at the next start.
+    pub(crate) fn new_directory(&self) -> Result<PathBuf> {
+        let number = self.unpacked.fetch_add(1, Ordering::Relaxed);
+        let directory = self.directory.join(format!("{NEW}data.{number}"));
+        disk::make_directory(&directory)?;
+        Ok(directory)
     }
 
     fn throw_away(&self, path: &Path, name: &str) -> Result<()> {

@@ -61,6 +61,9 @@ pub struct Scanner<R> {
     blob: Hasher,
     tar: Hasher,
     progress: Rc<Progress>,
+    /// Whether to go on where the blob cannot be resumed, and whether it can be so far.
+    allow_long: bool,
+    resumable: bool,
     failed: Option<Error>,
 }
 
@@ -76,6 +79,7 @@ pub struct Scan {
     /// Length of the tar.
     pub tar_size: u64,
     codec: Codec,
+    resumable: bool,
     spans: Vec<Noted>,
 }
 
@@ -98,6 +102,8 @@ impl<R: Read> Scanner<R> {
             blob: Hasher::new(),
             tar: Hasher::new(),
             progress,
+            allow_long: false,
+            resumable: true,
             failed: None,
         })
     }
@@ -105,6 +111,12 @@ impl<R: Read> Scanner<R> {
     /// With spans of at least `length` bytes of the tar instead of [`SPAN`].
     pub fn spans_of(self, length: u64) -> Self {
         Self { length, ..self }
+    }
+
+    /// Goes on where it would fail with [`Error::LongSpan`]: the blob is read to its end, in pieces
+    /// of the same length, and [`Scan::is_resumable`] says that they cannot be decompressed alone.
+    pub fn allow_long_spans(self) -> Self {
+        Self { allow_long: true, ..self }
     }
 
     /// How far it is.
@@ -128,6 +140,7 @@ impl<R: Read> Scanner<R> {
             diff_id: self.tar.finish(),
             tar_size: self.done.1,
             codec: self.codec,
+            resumable: self.resumable,
             spans,
         })
     }
@@ -165,17 +178,26 @@ impl<R: Read> Scanner<R> {
         (self.ready, self.place) = (step.produced, step.place);
         let (compressed, bytes) = (self.done.0 - self.span.0, self.done.1 - self.span.1);
         for (bytes, limit) in [(bytes, MAX_SPAN), (compressed, MAX_COMPRESSED)] {
-            if bytes > limit {
-                return Err(Error::LongSpan { start: self.span.1, bytes, limit });
+            if bytes > limit && self.resumable {
+                if !self.allow_long {
+                    return Err(Error::LongSpan { start: self.span.1, bytes, limit });
+                }
+                self.resumable = false;
             }
         }
-        if bytes >= self.length && self.place != Place::Inside {
+        // Where nothing can be resumed pieces begin anywhere, but not two at the same byte.
+        let may_end = match self.resumable {
+            true => self.place != Place::Inside,
+            false => compressed > 0,
+        };
+        if bytes >= self.length && may_end {
             self.span = self.done;
             let mut spans = self.progress.spans.borrow_mut();
             if spans.len() == MAX_SPANS {
                 return Err(Error::ManySpans { limit: MAX_SPANS });
             }
-            spans.push(Noted::new(self.done.0, self.done.1, self.engine.entry()));
+            let entry = if self.resumable { self.engine.entry() } else { Entry::Frame };
+            spans.push(Noted::new(self.done.0, self.done.1, entry));
         }
         Ok(true)
     }
@@ -207,7 +229,13 @@ impl<R: Read> Read for Scanner<R> {
 }
 
 impl Scan {
-    /// The spans as a file.
+    /// Whether the blob can be decompressed from each of its spans. It can, unless
+    /// [`Scanner::allow_long_spans`] was asked for.
+    pub fn is_resumable(&self) -> bool {
+        self.resumable
+    }
+
+    /// The spans as a file, which is of use if they are [resumable](Scan::is_resumable).
     pub fn encode(&self) -> Vec<u8> {
         table::encode(&self.blob, self.codec, &self.spans, (self.size, self.tar_size))
     }

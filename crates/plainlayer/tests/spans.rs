@@ -205,6 +205,10 @@ fn what_cannot_be_resumed_is_said() {
     let one = zstd::bulk::compress(&zeros, 1).unwrap();
     let error = scan(Codec::Zstd, &one, 1000).unwrap_err();
     assert!(matches!(error, Error::LongSpan { start: 0, limit: MAX_SPAN, .. }), "{error}");
+    // Unless only the whole of it is wanted.
+    let all = Scanner::new(Codec::Zstd, &one[..]).unwrap().allow_long_spans().finish().unwrap();
+    assert!(!all.is_resumable());
+    assert_eq!((all.blob, all.diff_id), (Digest::of(&one), Digest::of(&zeros)));
     // Just as long as it may be, and several of them.
     let half = zstd::bulk::compress(&zeros[..MAX_SPAN as usize], 1).unwrap();
     let spans = scan(Codec::Zstd, &[&half[..], &half].concat(), 1000).unwrap();
