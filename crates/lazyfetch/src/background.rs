@@ -16,6 +16,8 @@ use tokio::sync::mpsc;
 
 /// Tries for a part before the background gives up: some minutes of an outage.
 const TRIES: u32 = 60;
+/// The same if somebody waits, who can still do something else: some seconds.
+const PULL_TRIES: u32 = 6;
 /// The same for what only another source can help with.
 const REFUSALS: u32 = 4;
 
@@ -28,9 +30,9 @@ pub(crate) enum Part {
 /// Where parts of a blob go that the background reads.
 pub(crate) type Parts = mpsc::UnboundedSender<Part>;
 
-fn send(parts: &Parts, part: Part, queue: &mut Queue) {
+fn send(parts: &Parts, layer: u32, part: Part, queue: &mut Queue) {
     if let Err(mpsc::error::SendError(Part::Bytes { pieces, .. })) = parts.send(part) {
-        queue.consumed(length(&pieces));
+        queue.consumed(layer, length(&pieces));
     }
 }
 
@@ -65,12 +67,12 @@ pub(crate) async fn fetch(shared: Arc<Shared>, layer: Arc<Layer>, order: Order) 
         s.queue.end(order.no);
         let start = order.range.start;
         let Some(parts) = s.streams.get(&layer.number) else {
-            return s.queue.consumed(order.range.end - start);
+            return s.queue.consumed(layer.number, order.range.end - start);
         };
         let rest = start + length(&pieces)..order.range.end;
         let some = rest.start > start;
         if some {
-            send(parts, Part::Bytes { start, pieces }, &mut s.queue);
+            send(parts, layer.number, Part::Bytes { start, pieces }, &mut s.queue);
         }
         let Err((source, error)) = outcome else { return };
         layer.stats.error(&error.fault);
@@ -81,9 +83,10 @@ pub(crate) async fn fetch(shared: Arc<Shared>, layer: Arc<Layer>, order: Order) 
         }
         tried.avoid = Some(source);
         tried.refused = if error.hope == Hope::Elsewhere { tried.refused + 1 } else { 0 };
-        if tried.tries >= TRIES || tried.refused >= REFUSALS.max(2 * sources) {
-            send(parts, Part::Failed(error.fault), &mut s.queue);
-            return s.queue.consumed(rest.end - rest.start);
+        let most = if layer.is_pull { PULL_TRIES } else { TRIES };
+        if tried.tries >= most || tried.refused >= REFUSALS.max(2 * sources) {
+            send(parts, layer.number, Part::Failed(error.fault), &mut s.queue);
+            return s.queue.consumed(layer.number, rest.end - rest.start);
         }
         let pause = error.hope.pause(s.backoff.pause(tried.tries));
         layer.failed(source, now, error.hope, pause);
@@ -93,13 +96,25 @@ pub(crate) async fn fetch(shared: Arc<Shared>, layer: Arc<Layer>, order: Order) 
     shared.pump();
 }
 
-/// Puts the parts of a blob in order and hands them on.
+/// Brings a layer whole, and reports how that ended.
+pub(crate) async fn bring(
+    shared: Arc<Shared>,
+    layer: Arc<Layer>,
+    parts: mpsc::UnboundedReceiver<Part>,
+    whole: Box<dyn Whole>,
+) {
+    if let Some(result) = consume(shared.clone(), layer.clone(), parts, whole).await {
+        shared.report(Event::Whole { layer: layer.number, result });
+    }
+}
+
+/// Puts the parts of a blob in order and hands them on. `None` if the layer was removed meanwhile.
 pub(crate) async fn consume(
     shared: Arc<Shared>,
     layer: Arc<Layer>,
     mut parts: mpsc::UnboundedReceiver<Part>,
     mut whole: Box<dyn Whole>,
-) {
+) -> Option<Result<(), Fault>> {
     let (number, end) = (layer.number, layer.blob.size);
     let (mut at, mut early) = (0, BTreeMap::new());
     let result = 'read: {
@@ -118,7 +133,7 @@ pub(crate) async fn consume(
                     Ok((whole, result))
                 });
                 let taken_in = work.await;
-                shared.with(|s| s.queue.consumed(taken));
+                shared.with(|s| s.queue.consumed(number, taken));
                 let result;
                 (whole, result) = match taken_in {
                     Ok(taken_in) => taken_in,
@@ -144,14 +159,14 @@ pub(crate) async fn consume(
         while let Ok(part) = parts.try_recv() {
             left += if let Part::Bytes { pieces, .. } = part { length(&pieces) } else { 0 };
         }
-        s.queue.consumed(left);
+        s.queue.consumed(number, left);
         is_known
     });
-    if is_known {
-        if let Err(fault) = &result {
-            layer.stats.error(fault);
-        }
-        shared.report(Event::Whole { layer: number, result });
+    if let Err(fault) = &result
+        && is_known
+    {
+        layer.stats.error(fault);
     }
     shared.pump();
+    is_known.then_some(result)
 }

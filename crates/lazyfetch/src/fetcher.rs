@@ -2,8 +2,8 @@
 //! is the queue's business; this is the I/O around it.
 
 use crate::{
-    Hope, LayerSpec, LayerStats, Opened, Report, Settings, Source, SourceError, Wanted, Whole,
-    WriteError,
+    Blob, ChunkStart, Counters, Hope, LayerSpec, LayerStats, Opened, Report, Settings, Source,
+    SourceError, Target, Wanted, Whole, WriteError,
     assemble::Assembler,
     background::{self, Parts},
     layer::{Layer, Pauses, locked},
@@ -107,6 +107,8 @@ pub(crate) struct State {
     feeding: BTreeSet<u32>,
     /// Blobs that the background reads.
     pub streams: HashMap<u32, Parts>,
+    /// Number of the next blob that is pulled. Those of layers count up, these down.
+    next_pull: u32,
     /// What is in the queue.
     frames: HashMap<FrameKey, Frame>,
     pub backoff: Backoff,
@@ -134,6 +136,7 @@ impl Fetcher {
             layers: HashMap::new(),
             feeding: BTreeSet::new(),
             streams: HashMap::new(),
+            next_pull: u32::MAX,
             frames: HashMap::new(),
             backoff: Backoff::new(),
             last_miss: None,
@@ -156,10 +159,13 @@ impl Fetcher {
     /// Takes a layer in.
     pub fn add(&self, spec: LayerSpec) {
         let host = spec.sources.first().map(|s| s.host().to_owned()).unwrap_or_default();
-        let layer = Arc::new(Layer::new(spec, self.0.pauses.clone()));
+        self.insert(&host, Arc::new(Layer::new(spec, self.0.pauses.clone())));
+    }
+
+    fn insert(&self, host: &str, layer: Arc<Layer>) {
         let mut state = locked(&self.0.state);
         let State { queue, lines, .. } = &mut *state;
-        let line = *lines.entry(host).or_insert_with(|| queue.line());
+        let line = *lines.entry(host.to_owned()).or_insert_with(|| queue.line());
         queue.add(layer.number, line);
         state.layers.insert(layer.number, layer);
     }
@@ -297,15 +303,100 @@ impl Fetcher {
             let whole = whole(report);
             shipway_task::spawn(
                 "bring a layer whole",
-                background::consume(self.0.clone(), found, receiver, whole),
+                background::bring(self.0.clone(), found, receiver, whole),
             );
             self.0.pump();
         }
     }
 
+    /// Reads a blob that is not a layer yet, once and in order, for a caller who waits: in parts
+    /// that are asked for ahead of `whole`, which takes them, from any of the sources. What
+    /// containers read goes first. Returns the counters as well; dropping the future ends it.
+    pub async fn pull(
+        &self,
+        blob: Blob,
+        sources: Vec<Arc<dyn Source>>,
+        whole: Box<dyn Whole>,
+    ) -> (Counters, Result<(), Fault>) {
+        let host = sources.first().map(|s| s.host().to_owned()).unwrap_or_default();
+        let number = self.0.with(|s| {
+            let number = s.next_pull;
+            s.next_pull -= 1;
+            number
+        });
+        let target = Arc::new(NoLayer { number, blob });
+        let spec = LayerSpec { target, sources, spans: None };
+        let mut layer = Layer::new(spec, self.0.pauses.clone());
+        layer.is_pull = true;
+        let layer = Arc::new(layer);
+        self.insert(&host, layer.clone());
+        let _removed = Removed { fetcher: self, number };
+        let (parts, receiver) = mpsc::unbounded_channel();
+        self.0.with(|s| {
+            s.streams.insert(number, parts);
+            s.queue.stream_now(number, 0..blob.size);
+        });
+        self.0.pump();
+        let read = background::consume(self.0.clone(), layer.clone(), receiver, whole).await;
+        let gone = || Err(environment("the blob is not pulled any more".to_owned()));
+        (layer.stats.read(), read.unwrap_or_else(gone))
+    }
+
     /// Bytes of answers that are in memory or on their way.
     pub fn in_flight(&self) -> u64 {
         locked(&self.0.state).queue.reserved()
+    }
+}
+
+/// A blob that is pulled; nothing of it is known but where it is.
+struct NoLayer {
+    number: u32,
+    blob: Blob,
+}
+
+impl Target for NoLayer {
+    fn number(&self) -> u32 {
+        self.number
+    }
+
+    fn blob(&self) -> Blob {
+        self.blob
+    }
+
+    fn verify(&self, _: Range<u64>) -> Result<Good, Fault> {
+        Ok(Good::default())
+    }
+
+    fn frames(&self, _: Range<u64>) -> Result<Vec<Frame>, Fault> {
+        Ok(Vec::new())
+    }
+
+    fn is_missing(&self, _: &Frame) -> bool {
+        false
+    }
+
+    fn write(&self, _: &Frame, _: &[u8], _: &mut dyn FnMut(Good)) -> Result<(), WriteError> {
+        Ok(())
+    }
+
+    fn chunk_at(&self, _: u64) -> Result<Option<ChunkStart>, Fault> {
+        Ok(None)
+    }
+
+    fn before(&self, _: u64) -> Result<Range<u64>, Fault> {
+        Ok(0..0)
+    }
+}
+
+/// Forgets what is pulled, also when nobody waits any more.
+struct Removed<'a> {
+    fetcher: &'a Fetcher,
+    number: u32,
+}
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        self.fetcher.remove(self.number);
     }
 }
 

@@ -1,4 +1,4 @@
-//! A whole blob for the store, which reads where the engine writes.
+//! A whole blob for those who read, where the engine writes.
 
 use crate::{Report, Whole};
 use bytes::{Buf as _, Bytes};
@@ -6,7 +6,7 @@ use shipway_estargz::Toc;
 use shipway_fault::Fault;
 use shipway_layerstore::Layer;
 use std::{
-    io,
+    io::{self, Read},
     sync::{
         Arc,
         mpsc::{Receiver, SyncSender, sync_channel},
@@ -14,11 +14,10 @@ use std::{
     thread::JoinHandle,
 };
 
-/// Pieces that wait for the store.
+/// Pieces that wait for the reader.
 const PIECES: usize = 4;
 
-/// Has the layer read its blob, on a thread of its own: by [`Layer::finish`], or
-/// [`Layer::finish_plain`] if it is a plain one.
+/// Has a blob read on a thread of its own.
 pub struct Finish {
     /// `None` is the end; without it the blob was not read to its end.
     pieces: SyncSender<Option<Bytes>>,
@@ -26,29 +25,36 @@ pub struct Finish {
 }
 
 impl Finish {
-    /// For `layer`, which was made with `toc`; a plain layer needs none.
+    /// For `layer`, which was made with `toc`, by [`Layer::finish`], or [`Layer::finish_plain`] if
+    /// it is a plain one, which needs none.
     pub fn new(layer: Arc<Layer>, toc: Option<Arc<Toc>>, report: Report) -> io::Result<Self> {
-        let (pieces, receiver) = sync_channel(PIECES);
-        let blob = Blob { pieces: receiver, piece: Bytes::new(), is_over: false };
-        let thread = std::thread::Builder::new().name("whole layer".to_owned());
-        let read = move || {
+        Self::reading(move |blob| {
             let good = &mut |good| report(good);
             let finished = match toc {
                 Some(toc) => layer.finish(&toc, blob, good),
                 None => layer.finish_plain(blob, good),
             };
             finished.map_err(Fault::from)
-        };
-        Ok(Self { pieces, thread: Some(thread.spawn(read)?) })
+        })
+    }
+
+    /// For `read`, which is given the blob. Unless its end is read there is an error.
+    pub fn reading(
+        read: impl FnOnce(&mut dyn Read) -> Result<(), Fault> + Send + 'static,
+    ) -> io::Result<Self> {
+        let (pieces, receiver) = sync_channel(PIECES);
+        let mut blob = Blob { pieces: receiver, piece: Bytes::new(), is_over: false };
+        let thread = std::thread::Builder::new().name("whole layer".to_owned());
+        Ok(Self { pieces, thread: Some(thread.spawn(move || read(&mut blob))?) })
     }
 
     fn send(&mut self, piece: Option<Bytes>) -> Result<(), Fault> {
         if self.pieces.send(piece).is_ok() {
             return Ok(());
         }
-        // The store has stopped reading.
+        // The reader has stopped.
         self.end()?;
-        Err(Fault::internal("the store did not read the blob to its end"))
+        Err(Fault::internal("the blob was not read to its end"))
     }
 
     fn end(&mut self) -> Result<(), Fault> {
@@ -74,7 +80,7 @@ struct Blob {
     is_over: bool,
 }
 
-impl io::Read for Blob {
+impl Read for Blob {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.piece.is_empty() && !self.is_over {
             match self.pieces.recv() {

@@ -39,6 +39,8 @@ pub(crate) struct Layer {
     pub spans: Option<Spans>,
     pub stats: Arc<LayerStats>,
     pub ahead: Mutex<Ahead>,
+    /// Whether it is no layer yet, but a blob that somebody waits for.
+    pub is_pull: bool,
     sources: Mutex<Vec<Known>>,
     pauses: Arc<Pauses>,
 }
@@ -107,6 +109,7 @@ impl Layer {
             spans,
             stats: Arc::default(),
             ahead: Mutex::default(),
+            is_pull: false,
             sources: Mutex::new(sources.into_iter().map(Known::new).collect()),
             pauses,
         }

@@ -149,6 +149,10 @@ struct Stream {
     next: u64,
     end: u64,
     start_at: Duration,
+    /// Whether somebody waits for the end.
+    waited: bool,
+    /// Bytes that were asked for and not consumed.
+    outstanding: u64,
     /// Parts to be asked for again. Their memory is still reserved.
     again: BTreeMap<u64, (u64, Duration, Tried)>,
 }
@@ -382,10 +386,21 @@ impl Queue {
 
     /// Reads the bytes `range` of a blob in the background, in order, from `start_at` on.
     pub(crate) fn stream(&mut self, layer: u32, range: Range<u64>, start_at: Duration) {
+        self.begin(layer, range, start_at, false);
+    }
+
+    /// The same for somebody who waits: at once, and before the blobs that nobody waits for. Of
+    /// several such blobs each gets its share.
+    pub(crate) fn stream_now(&mut self, layer: u32, range: Range<u64>) {
+        self.begin(layer, range, Duration::ZERO, true);
+    }
+
+    fn begin(&mut self, layer: u32, range: Range<u64>, start_at: Duration, waited: bool) {
         let Some(line) = self.layers.get(&layer).copied() else { return };
         self.stop(layer);
         let (next, end) = (range.start, range.end);
-        let stream = Stream { layer, next, end, start_at, again: BTreeMap::new() };
+        let (outstanding, again) = (0, BTreeMap::new());
+        let stream = Stream { layer, next, end, start_at, waited, outstanding, again };
         self.lines[line.0].streams.push(stream);
     }
 
@@ -401,7 +416,8 @@ impl Queue {
 
     /// No background begins before `until`; what has begun goes on.
     pub(crate) fn quiet_until(&mut self, until: Duration) {
-        for stream in self.lines.iter_mut().flat_map(|l| &mut l.streams).filter(|s| s.next == 0) {
+        let streams = self.lines.iter_mut().flat_map(|l| &mut l.streams);
+        for stream in streams.filter(|s| s.next == 0 && !s.waited) {
             stream.start_at = stream.start_at.max(until);
         }
     }
@@ -425,8 +441,13 @@ impl Queue {
     }
 
     /// The consumer of a stream is done with so many bytes.
-    pub(crate) fn consumed(&mut self, bytes: u64) {
+    pub(crate) fn consumed(&mut self, layer: u32, bytes: u64) {
         self.reserved -= bytes;
+        if let Some(line) = self.layers.get(&layer)
+            && let Some(stream) = self.lines[line.0].streams.iter_mut().find(|s| s.layer == layer)
+        {
+            stream.outstanding = stream.outstanding.saturating_sub(bytes);
+        }
     }
 
     /// The answer to a request begins.
@@ -622,7 +643,7 @@ impl Queue {
             frames: Vec::new(),
             tried,
         };
-        line.streams.iter().find_map(|s| {
+        let part = |s: &Stream| {
             let due = s.again.iter().find(|(_, (_, until, _))| *until <= now);
             if let Some((start, (end, _, tried))) = due {
                 return Some((order(s.layer, *start..*end, *tried), true));
@@ -630,7 +651,13 @@ impl Queue {
             let end = s.end.min(s.next + line.request(Class::Background, now));
             (s.next < s.end && s.start_at <= now)
                 .then(|| (order(s.layer, s.next..end, Tried::default()), false))
-        })
+        };
+        let waited = line.streams.iter().filter(|s| s.waited);
+        let waited = waited.filter_map(|s| Some((s.outstanding, part(s)?)));
+        match waited.min_by_key(|(outstanding, _)| *outstanding) {
+            Some((_, part)) => Some(part),
+            None => line.streams.iter().filter(|s| !s.waited).find_map(part),
+        }
     }
 
     fn send_part(&mut self, mut part: Order, repeated: bool, now: Duration) -> Order {
@@ -643,7 +670,10 @@ impl Queue {
         if let Some(stream) = streams.iter_mut().find(|s| s.layer == part.layer) {
             match repeated {
                 true => drop(stream.again.remove(&part.range.start)),
-                false => stream.next = part.range.end,
+                false => {
+                    stream.next = part.range.end;
+                    stream.outstanding += part.range.end - part.range.start;
+                }
             }
         }
         self.note(&part, now);

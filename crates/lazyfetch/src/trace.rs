@@ -71,6 +71,7 @@ impl Lab {
             }
             "cancel" => self.queue.cancel((layer(1), range(words[2]).start)),
             "stream" => self.queue.stream(layer(1), range(words[2]), ms(words[3])),
+            "pull" => self.queue.stream_now(layer(1), range(words[2])),
             "stop" => self.queue.stop(layer(1)),
             "quiet" => self.queue.quiet_until(ms(words[1])),
             "at" => self.now = ms(words[1]),
@@ -93,7 +94,7 @@ impl Lab {
                 }
                 self.queue.end(order.no);
             }
-            "consumed" => self.queue.consumed(words[1].parse::<u64>().unwrap() * KIB),
+            "consumed" => self.queue.consumed(1, words[1].parse::<u64>().unwrap() * KIB),
             // `failed #n pause [fresh]`: to be asked for again.
             "failed" => {
                 let order = self.order(words[1]).clone();
@@ -292,6 +293,37 @@ fn the_background_waits_for_quiet_and_goes_layer_by_layer() {
 }
 
 #[test]
+fn who_waits_for_whole_blobs_goes_before_the_background_and_shares() {
+    check(
+        16384,
+        16,
+        &format!(
+            "{LINE}
+            > stream 2 0+10000 0
+            #1 background 2 0+750
+            #2 background 2 750+750
+            > quiet 9000
+            > pull 1 0+10000
+            > got #1 750
+            #3 background 1 0+750
+            > layer 3 h; pull 3 0+10000
+            > got #2 750
+            #4 background 3 0+750
+            > got #3 750
+            #5 background 1 750+750
+            > got #4 750; consumed 1500
+            #6 background 1 1500+750
+            > got #5 750
+            #7 background 1 2250+750
+            > stop 1; got #6 750
+            #8 background 3 750+750
+            > stop 3; got #7 750
+            #9 background 2 1500+750"
+        ),
+    );
+}
+
+#[test]
 fn memory_is_reserved_before_anything_is_sent() {
     // 2 MiB: three quarters for what is not urgent, half for the background.
     check(
@@ -408,7 +440,7 @@ fn nothing_is_left_when_all_is_done() {
         let order = &lab.orders[number - 1];
         let length = order.range.end - order.range.start;
         if order.class == Class::Background {
-            lab.queue.consumed(length);
+            lab.queue.consumed(order.layer, length);
         }
         lab.act(&format!("done #{number}"));
     }
@@ -488,7 +520,7 @@ fn random_runs_keep_the_rules() {
                 }
                 (Class::Background, false) => {
                     streamed += length;
-                    queue.consumed(length);
+                    queue.consumed(order.layer, length);
                 }
                 (_, true) => order.frames.iter().for_each(|f| {
                     queue.again((order.layer, *f), until, tried);

@@ -338,6 +338,77 @@ async fn the_background_survives_what_passes() {
     }
 }
 
+/// Takes a blob that is no layer.
+fn taken(
+    layer: &Arc<Layer>,
+) -> (Box<dyn shipway_lazyfetch::Whole>, Arc<parking_lot::Mutex<Vec<u8>>>) {
+    let (make, kept) = common::Keep::made(layer);
+    (make(Arc::new(drop)), kept)
+}
+
+/// A blob that somebody waits for comes in spite of what passes, begins at once, and fails soon if
+/// there is no hope.
+#[tokio::test(start_paused = true)]
+async fn what_is_pulled_comes_or_fails() {
+    for (what, reply, ok) in [
+        ("right", Reply::Right, true),
+        ("short", Reply::Short(5000), true),
+        ("stall", Reply::Stall(5000), true),
+        ("refused", Reply::Refuse(Hope::Elsewhere), true),
+        ("flipped", Reply::Flipped, false),
+    ] {
+        let layer = layer();
+        let script =
+            move |n: usize, _: &Asked| if n % 3 == 1 { reply.clone() } else { Reply::Right };
+        let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
+        let mut lab = Lab::new(&layer, &[&server], plain());
+        // Somebody has just read.
+        lab.read(layer.blocks_of_frame(2)).await.1.unwrap();
+        let before = lab.counters().network;
+        let (whole, kept) = taken(&layer);
+        let start = tokio::time::Instant::now();
+        let sources = common::sources(&[&server]);
+        let blob = shipway_lazyfetch::Blob { digest: layer.digest, size: layer.blob.len() as u64 };
+        let (counters, result) = lab.fetcher.pull(blob, sources, whole).await;
+        assert_eq!(result.is_ok(), ok, "{what}: {result:?}");
+        assert_eq!(*kept.lock() == layer.blob, ok, "{what}");
+        assert!(what != "right" || start.elapsed() < S, "{:?}", start.elapsed());
+        assert!(counters.network >= blob.size, "{counters:?}");
+        assert_eq!((lab.fetcher.in_flight(), lab.counters().network), (0, before), "{what}");
+    }
+    for reply in [Reply::Refuse(Hope::Elsewhere), Reply::Down] {
+        let layer = Plan::files(1, [1 << 20; 10]).build();
+        let script = move |_: usize, asked: &Asked| {
+            if asked.range.start < 5 << 20 { Reply::Right } else { reply.clone() }
+        };
+        let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
+        let lab = Lab::new(&layer, &[&server], plain());
+        let blob = shipway_lazyfetch::Blob { digest: layer.digest, size: layer.blob.len() as u64 };
+        let start = tokio::time::Instant::now();
+        let (_, result) =
+            lab.fetcher.pull(blob, common::sources(&[&server]), taken(&layer).0).await;
+        assert_eq!(result.unwrap_err().code(), Code::Unavailable);
+        assert!(start.elapsed() < 60 * S, "{:?}", start.elapsed());
+        tokio::time::sleep(20 * S).await;
+        assert_eq!(lab.fetcher.in_flight(), 0);
+    }
+}
+
+/// Nothing is asked for after the one who waited has gone.
+#[tokio::test(start_paused = true)]
+async fn what_nobody_waits_for_is_not_pulled() {
+    let layer = Plan::files(1, [1 << 20; 40]).build();
+    let server = Server::good(&layer.blob, WAY);
+    let lab = Lab::new(&layer, &[&server], plain());
+    let blob = shipway_lazyfetch::Blob { digest: layer.digest, size: layer.blob.len() as u64 };
+    let work = lab.fetcher.pull(blob, common::sources(&[&server]), taken(&layer).0);
+    assert!(tokio::time::timeout(100 * MS, work).await.is_err());
+    let asked = server.asked().len();
+    assert!(asked > 0);
+    tokio::time::sleep(60 * S).await;
+    assert_eq!((server.asked().len(), lab.fetcher.in_flight()), (asked, 0));
+}
+
 /// What somebody waits for may come by the background first: then it was served, and the request
 /// for it is not repeated.
 #[tokio::test(start_paused = true)]
