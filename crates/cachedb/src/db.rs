@@ -1,8 +1,9 @@
 //! The file: keys, records, and which records a result has.
 
+use parking_lot::Mutex;
 use redb::{
-    Database, Durability, MultimapTableDefinition, ReadableDatabase, ReadableTable,
-    ReadableTableMetadata, TableDefinition,
+    Database, Durability, MultimapTableDefinition, MultimapTableHandle as _, ReadableDatabase,
+    ReadableTable, ReadableTableMetadata, TableDefinition,
 };
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
@@ -26,17 +27,23 @@ type Key = [u8; 32];
 const ALIASES: TableDefinition<Key, Key> = TableDefinition::new("aliases");
 /// Primary key to a [`StoredRecord`] in JSON.
 const RECORDS: TableDefinition<Key, &[u8]> = TableDefinition::new("records");
+/// Primary key to the other keys that lead to it.
+const KEYS: MultimapTableDefinition<Key, Key> = MultimapTableDefinition::new("keys");
 /// Name of a result to the primaries of its records.
 const RESULTS: MultimapTableDefinition<&str, Key> = MultimapTableDefinition::new("results");
 /// What similar records are found by ([`RecordMeta::similar`]) to the primary of the latest of
 /// them.
 const SIMILAR: TableDefinition<Key, Key> = TableDefinition::new("similar");
-/// `format` to [`FORMAT`].
+/// `format` to [`FORMAT`]; [`SWEEP_AT`] to what that says.
 const ABOUT: TableDefinition<&str, u64> = TableDefinition::new("about");
 
 const FORMAT: u64 = 1;
+/// At so many keys, unused ones are looked for.
+const SWEEP_AT: &str = "sweep at";
 /// Up to so many keys, unused ones are not looked for.
 const FEW_KEYS: u64 = 1024;
+/// Most entries that one transaction removes: builds' transactions wait for it.
+const BATCH: usize = 256;
 /// How long a write may stay in memory only.
 const FLUSH_AFTER: Duration = Duration::from_millis(500);
 const CACHE_BYTES: usize = 32 << 20;
@@ -44,9 +51,12 @@ const CACHE_BYTES: usize = 32 << 20;
 pub(crate) struct Inner {
     db: Database,
     dirty: AtomicBool,
-    /// At so many keys, unused ones are looked for when a record goes: twice what was left the
-    /// last time.
+    /// At so many keys, unused ones are looked for: twice what was left the last time.
     sweep_at: AtomicU64,
+    /// Held while they are.
+    sweeping: Mutex<()>,
+    /// What was stored meanwhile may lead to these.
+    stored: Mutex<Option<HashSet<Key>>>,
     pub(crate) wake: Arc<Notify>,
 }
 
@@ -127,6 +137,19 @@ impl StoredRecord {
     }
 }
 
+/// Of a record, what it was made from.
+#[derive(Deserialize)]
+struct StoredInputs {
+    inputs: Vec<(Vec<Digest>, Option<Digest>)>,
+}
+
+/// What nothing leads to or needs.
+#[derive(Default)]
+struct Unused {
+    keys: Vec<Key>,
+    similar: Vec<Key>,
+}
+
 fn fault(error: impl Into<redb::Error>) -> Fault {
     let error = error.into();
     Fault::new(Code::Internal, format!("the build cache index: {error}"))
@@ -148,8 +171,14 @@ pub(crate) async fn blocking<T: Send + 'static>(
     shipway_task::blocking("use the build cache index", work).await
 }
 
-/// Flushes a while after each first write, until the database is gone.
-pub(crate) async fn keep_flushing(inner: Weak<Inner>, wake: Arc<Notify>) {
+/// Drops unused keys if there are many, then flushes a while after each first write, until the
+/// database is gone.
+pub(crate) async fn maintain(inner: Weak<Inner>, wake: Arc<Notify>) {
+    if let Some(inner) = inner.upgrade().filter(|inner| inner.is_sweep_due().unwrap_or(false))
+        && let Err(error) = blocking(move || inner.sweep_if_due()).await
+    {
+        tracing::warn!(%error, "failed to remove unused keys from the build cache index");
+    }
     loop {
         wake.notified().await;
         tokio::time::sleep(FLUSH_AFTER).await;
@@ -165,8 +194,56 @@ fn create_tables(tx: &redb::WriteTransaction) -> Result<()> {
     tx.open_table(RECORDS).map_err(fault)?;
     tx.open_table(SIMILAR).map_err(fault)?;
     tx.open_multimap_table(RESULTS).map_err(fault)?;
+    tx.open_multimap_table(KEYS).map_err(fault)?;
     tx.open_table(ABOUT).map_err(fault)?.insert("format", FORMAT).map_err(fault)?;
     Ok(())
+}
+
+/// Fills [`KEYS`], which older files do not have.
+fn turn_keys(tx: &redb::WriteTransaction) -> Result<()> {
+    let aliases = tx.open_table(ALIASES).map_err(fault)?;
+    let mut reverse = tx.open_multimap_table(KEYS).map_err(fault)?;
+    for entry in aliases.iter().map_err(fault)? {
+        let (alias, primary) = entry.map_err(fault)?;
+        let (alias, primary) = (alias.value(), primary.value());
+        if alias != primary {
+            reverse.insert(primary, alias).map_err(fault)?;
+        }
+    }
+    Ok(())
+}
+
+/// Both directions of what keys lead to.
+struct Leads<'tx> {
+    aliases: redb::Table<'tx, Key, Key>,
+    reverse: redb::MultimapTable<'tx, Key, Key>,
+}
+
+impl<'tx> Leads<'tx> {
+    fn open(tx: &'tx redb::WriteTransaction) -> Result<Self> {
+        let aliases = tx.open_table(ALIASES).map_err(fault)?;
+        Ok(Self { aliases, reverse: tx.open_multimap_table(KEYS).map_err(fault)? })
+    }
+
+    /// The primary that `key` leads to.
+    fn get(&self, key: Key) -> Result<Option<Key>> {
+        Ok(self.aliases.get(key).map_err(fault)?.map(|primary| primary.value()))
+    }
+
+    /// Makes `key` lead to `primary`.
+    fn lead(&mut self, key: Key, primary: Key) -> Result<()> {
+        let before = self.aliases.insert(key, primary).map_err(fault)?.map(|p| p.value());
+        if before == Some(primary) {
+            return Ok(());
+        }
+        if let Some(before) = before {
+            self.reverse.remove(before, key).map_err(fault)?;
+        }
+        if key != primary {
+            self.reverse.insert(primary, key).map_err(fault)?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Inner {
@@ -235,6 +312,8 @@ impl Inner {
             db,
             dirty: AtomicBool::new(false),
             sweep_at: AtomicU64::new(FEW_KEYS),
+            sweeping: Mutex::default(),
+            stored: Mutex::default(),
             wake: Arc::default(),
         };
         match inner.begin() {
@@ -243,11 +322,12 @@ impl Inner {
         }
     }
 
-    /// Makes the tables, and drops unused keys.
+    /// Makes the tables.
     fn begin(&self) -> Result<()> {
         self.write(|tx| {
             let about = tx.open_table(ABOUT).map_err(fault)?;
             let format = about.get("format").map_err(fault)?.map(|f| f.value());
+            let sweep_at = about.get(SWEEP_AT).map_err(fault)?.map(|at| at.value());
             drop(about);
             if format.is_some_and(|f| f != FORMAT) {
                 return Err(Fault::invalid(format!(
@@ -255,34 +335,105 @@ impl Inner {
                     format.unwrap_or_default()
                 )));
             }
+            self.sweep_at.store(sweep_at.unwrap_or(FEW_KEYS), Ordering::Relaxed);
+            let known = tx.list_multimap_tables().map_err(fault)?.any(|t| t.name() == KEYS.name());
             create_tables(tx)?;
-            self.sweep(tx)?;
-            Ok(())
+            if known { Ok(()) } else { turn_keys(tx) }
         })
     }
 
     /// Drops the keys that lead to no record, nor to what a record's result was made of, if there
-    /// are many more than the last time.
-    fn sweep(&self, tx: &redb::WriteTransaction) -> Result<()> {
-        let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
-        if aliases.len().map_err(fault)? <= self.sweep_at.load(Ordering::Relaxed) {
+    /// are many more than the last time. Builds go on meanwhile: what is unused is found in a
+    /// snapshot of the index, and dropped a few at a time.
+    pub(crate) fn sweep_if_due(&self) -> Result<()> {
+        let _one = self.sweeping.lock();
+        if !self.is_sweep_due()? {
             return Ok(());
         }
+        *self.stored.lock() = Some(HashSet::new());
+        let dropped = self.unused().and_then(|unused| self.drop_unused(&unused));
+        *self.stored.lock() = None;
+        dropped?;
+        let sweep_at = FEW_KEYS.max(2 * self.keys()?);
+        self.sweep_at.store(sweep_at, Ordering::Relaxed);
+        self.write(|tx| {
+            tx.open_table(ABOUT).map_err(fault)?.insert(SWEEP_AT, sweep_at).map_err(fault)?;
+            Ok(())
+        })
+    }
+
+    /// Whether there are many more keys than the last time.
+    fn is_sweep_due(&self) -> Result<bool> {
+        Ok(self.keys()? > self.sweep_at.load(Ordering::Relaxed))
+    }
+
+    /// How many keys there are.
+    fn keys(&self) -> Result<u64> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        tx.open_table(ALIASES).map_err(fault)?.len().map_err(fault)
+    }
+
+    /// What is unused as the index is now.
+    fn unused(&self) -> Result<Unused> {
+        let tx = self.db.begin_read().map_err(fault)?;
         let records = tx.open_table(RECORDS).map_err(fault)?;
         let (mut useful, mut kept) = (HashSet::<Key>::new(), HashSet::<Key>::new());
         for record in records.iter().map_err(fault)? {
             let (primary, bytes) = record.map_err(fault)?;
             useful.insert(primary.value());
             kept.insert(primary.value());
-            let Ok(stored) = serde_json::from_slice::<StoredRecord>(bytes.value()) else {
+            let Ok(stored) = serde_json::from_slice::<StoredInputs>(bytes.value()) else {
                 continue;
             };
             useful.extend(stored.inputs.iter().flat_map(|(keys, _)| keys).map(|k| *k.as_bytes()));
         }
-        aliases.retain(|_, primary| useful.contains(&primary)).map_err(fault)?;
-        let mut similar = tx.open_table(SIMILAR).map_err(fault)?;
-        similar.retain(|_, primary| kept.contains(&primary)).map_err(fault)?;
-        self.sweep_at.store(FEW_KEYS.max(2 * aliases.len().map_err(fault)?), Ordering::Relaxed);
+        let mut unused = Unused::default();
+        for (table, keep, found) in
+            [(ALIASES, &useful, &mut unused.keys), (SIMILAR, &kept, &mut unused.similar)]
+        {
+            for entry in tx.open_table(table).map_err(fault)?.iter().map_err(fault)? {
+                let (key, primary) = entry.map_err(fault)?;
+                if !keep.contains(&primary.value()) {
+                    found.push(key.value());
+                }
+            }
+        }
+        Ok(unused)
+    }
+
+    /// Drops what is unused still.
+    fn drop_unused(&self, unused: &Unused) -> Result<()> {
+        for keys in unused.keys.chunks(BATCH) {
+            self.write(|tx| {
+                let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
+                let mut reverse = tx.open_multimap_table(KEYS).map_err(fault)?;
+                let stored = self.stored.lock();
+                for k in keys {
+                    let Some(primary) = aliases.get(k).map_err(fault)?.map(|p| p.value()) else {
+                        continue;
+                    };
+                    if !stored.as_ref().is_some_and(|stored| stored.contains(&primary)) {
+                        aliases.remove(k).map_err(fault)?;
+                        reverse.remove(primary, *k).map_err(fault)?;
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        for names in unused.similar.chunks(BATCH) {
+            self.write(|tx| {
+                let mut similar = tx.open_table(SIMILAR).map_err(fault)?;
+                let records = tx.open_table(RECORDS).map_err(fault)?;
+                for name in names {
+                    let primary = similar.get(name).map_err(fault)?.map(|p| p.value());
+                    let Some(primary) = primary else { continue };
+                    if records.get(primary).map_err(fault)?.is_none() {
+                        similar.remove(name).map_err(fault)?;
+                    }
+                }
+                Ok(())
+            })?;
+        }
         Ok(())
     }
 
@@ -317,6 +468,7 @@ impl Inner {
             tx.delete_table(RECORDS).map_err(fault)?;
             tx.delete_table(SIMILAR).map_err(fault)?;
             tx.delete_multimap_table(RESULTS).map_err(fault)?;
+            tx.delete_multimap_table(KEYS).map_err(fault)?;
             create_tables(tx)
         })
     }
@@ -347,12 +499,20 @@ impl Inner {
     ) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
         let tx = self.db.begin_read().map_err(fault)?;
         let aliases = tx.open_table(ALIASES).map_err(fault)?;
+        let reverse = tx.open_multimap_table(KEYS).map_err(fault)?;
         let mut found: HashMap<CacheKey, Vec<CacheKey>> = HashMap::new();
-        for entry in aliases.iter().map_err(fault)? {
-            let (alias, primary) = entry.map_err(fault)?;
-            let primary = cache_key(primary.value());
-            if primaries.contains(&primary) {
-                found.entry(primary).or_default().push(cache_key(alias.value()));
+        for primary in primaries {
+            let itself = aliases.get(key(primary)).map_err(fault)?.map(|p| p.value());
+            let itself = itself.filter(|p| *p == key(primary)).map(Ok);
+            let others = reverse.get(key(primary)).map_err(fault)?;
+            let others = others.map(|k| k.map(|k| k.value()).map_err(fault));
+            let keys: Vec<_> = itself
+                .into_iter()
+                .chain(others)
+                .map(|k| k.map(cache_key))
+                .collect::<Result<_>>()?;
+            if !keys.is_empty() {
+                found.insert(*primary, keys);
             }
         }
         Ok(found)
@@ -394,13 +554,8 @@ impl Inner {
         result: Option<String>,
         meta: &RecordMeta,
     ) -> Result<CacheKey> {
-        self.store(
-            keys,
-            result,
-            meta,
-            |aliases, k, primary| aliases.insert(k, primary).map(drop),
-            |_| true,
-        )
+        let lead = |leads: &mut Leads<'_>, k, primary| leads.lead(k, primary);
+        self.store(keys, result, meta, lead, |_| true)
     }
 
     /// The same, but keys that lead somewhere stay, and so does a record, unless it is that of the
@@ -412,9 +567,9 @@ impl Inner {
         meta: &RecordMeta,
         gone: Option<&str>,
     ) -> Result<CacheKey> {
-        let add = |aliases: &mut redb::Table<'_, Key, Key>, k, primary| {
-            let known = aliases.get(k)?.is_some();
-            if known { Ok(()) } else { aliases.insert(k, primary).map(drop) }
+        let add = |leads: &mut Leads<'_>, k, primary| match leads.get(k)? {
+            Some(_) => Ok(()),
+            None => leads.lead(k, primary),
         };
         self.store(keys, result, meta, add, |before| {
             before.is_none_or(|before| Some(before) == gone)
@@ -426,22 +581,21 @@ impl Inner {
         keys: &[CacheKey],
         result: Option<String>,
         meta: &RecordMeta,
-        lead: impl Fn(
-            &mut redb::Table<'_, Key, Key>,
-            Key,
-            Key,
-        ) -> std::result::Result<(), redb::StorageError>,
+        lead: impl Fn(&mut Leads<'_>, Key, Key) -> Result<()>,
         replace: impl FnOnce(Option<&str>) -> bool,
     ) -> Result<CacheKey> {
         let Some(first) = keys.first() else {
             return Err(Fault::internal("a result to store has no key"));
         };
         self.write(|tx| {
-            let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
-            let primary =
-                aliases.get(key(first)).map_err(fault)?.map(|p| p.value()).unwrap_or(key(first));
+            let mut leads = Leads::open(tx)?;
+            let primary = leads.get(key(first))?.unwrap_or(key(first));
             for k in keys.iter().map(key).chain([primary]) {
-                lead(&mut aliases, k, primary).map_err(fault)?;
+                lead(&mut leads, k, primary)?;
+            }
+            if let Some(stored) = &mut *self.stored.lock() {
+                let inputs = meta.inputs.iter().flat_map(|(keys, _)| keys);
+                stored.extend(inputs.map(key).chain([primary]));
             }
             let Some(result) = result else { return Ok(cache_key(primary)) };
             let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
@@ -476,11 +630,8 @@ impl Inner {
             return Ok(());
         }
         self.write(|tx| {
-            let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
-            for k in &wanted {
-                aliases.insert(key(k), key(&primary)).map_err(fault)?;
-            }
-            Ok(())
+            let mut leads = Leads::open(tx)?;
+            wanted.iter().try_for_each(|k| leads.lead(key(k), key(&primary)))
         })
     }
 
@@ -504,6 +655,17 @@ impl Inner {
     }
 
     pub(crate) fn forget_results(&self, gone: &[String]) -> Result<usize> {
+        let mut dropped = 0;
+        for some in gone.chunks(BATCH) {
+            dropped += self.forget_some(some)?;
+        }
+        if dropped > 0 {
+            self.sweep_if_due()?;
+        }
+        Ok(dropped)
+    }
+
+    fn forget_some(&self, gone: &[String]) -> Result<usize> {
         self.write(|tx| {
             let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
             let mut records = tx.open_table(RECORDS).map_err(fault)?;
@@ -517,10 +679,6 @@ impl Inner {
                     dropped += 1;
                 }
             }
-            drop((results, records));
-            if dropped > 0 {
-                self.sweep(tx)?;
-            }
             Ok(dropped)
         })
     }
@@ -530,3 +688,6 @@ enum OpenError {
     Fault(Fault),
     Damaged(String),
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use crate::{
     Record,
-    db::{Inner, StoredRecord, blocking, keep_flushing},
+    db::{Inner, StoredRecord, blocking, maintain},
 };
 use async_trait::async_trait;
 use shipway_fault::{Context as _, Result};
@@ -41,8 +41,8 @@ impl<O> CacheDb<O> {
     pub fn open(path: &Path, results: Arc<dyn ResultStore<O>>) -> Result<Self> {
         let inner = Inner::open(path)?;
         shipway_task::spawn(
-            "flush the cache index",
-            keep_flushing(Arc::downgrade(&inner), inner.wake.clone()),
+            "maintain the cache index",
+            maintain(Arc::downgrade(&inner), inner.wake.clone()),
         );
         Ok(Self { inner, results })
     }
@@ -58,8 +58,7 @@ impl<O> CacheDb<O> {
         self.inner.keys_of(result)
     }
 
-    /// Every key that leads to one of `primaries`, by primary. Reads the whole index, so it is for
-    /// exports and `du`.
+    /// Every key that leads to one of `primaries`, by primary.
     pub async fn aliases_of(
         &self,
         primaries: HashSet<CacheKey>,

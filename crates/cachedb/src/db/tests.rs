@@ -1,0 +1,113 @@
+//! An index of very many records.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use std::time::Instant;
+
+const MANY: usize = 10_000;
+
+fn name(number: usize) -> CacheKey {
+    CacheKey(Digest::of(number.to_string()))
+}
+
+/// A record of each of `numbers`, made of the one before, in one transaction.
+fn fill(inner: &Inner, numbers: std::ops::Range<usize>) {
+    inner
+        .write(|tx| {
+            let mut leads = Leads::open(tx)?;
+            let mut records = tx.open_table(super::RECORDS).map_err(fault)?;
+            let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
+            for number in numbers {
+                let primary = key(&name(number));
+                leads.lead(primary, primary)?;
+                leads.lead(key(&CacheKey(Digest::of(format!("also {number}")))), primary)?;
+                let meta = RecordMeta {
+                    op_keys: vec![Digest::of("op")],
+                    inputs: vec![(vec![name(number.saturating_sub(1))], None)],
+                    description: "[2/3] RUN make -j and more of what people write there".into(),
+                    ..RecordMeta::default()
+                };
+                let stored = StoredRecord::new(number.to_string(), &meta);
+                let bytes = serde_json::to_vec(&stored).unwrap();
+                records.insert(primary, bytes.as_slice()).map_err(fault)?;
+                results.insert(&*number.to_string(), primary).map_err(fault)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// A start reads nothing of the records: it takes a part of what reading all of them does.
+#[test]
+fn a_start_takes_no_longer_with_very_many_records() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache.redb");
+    let inner = Inner::open(&path).unwrap();
+    fill(&inner, 0..MANY);
+    let began = Instant::now();
+    assert!(inner.unused().unwrap().keys.is_empty());
+    let reading = began.elapsed();
+    drop(inner);
+    let began = Instant::now();
+    let inner = Inner::open(&path).unwrap();
+    let took = began.elapsed();
+    assert!(took * 4 < reading, "{took:?}, and {reading:?} to read all");
+    let last = name(MANY - 1);
+    assert_eq!(inner.result_of(&last).unwrap(), Some((MANY - 1).to_string()));
+    let also = CacheKey(Digest::of("also 7"));
+    let of = inner.aliases_of(&HashSet::from([name(7)])).unwrap();
+    assert_eq!(of[&name(7)], [name(7), also]);
+}
+
+#[test]
+fn unused_keys_go_a_few_at_a_time_and_what_is_stored_meanwhile_keeps_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner = Inner::open(&dir.path().join("cache.redb")).unwrap();
+    fill(&inner, 0..4000);
+    let gone: Vec<String> = (0..3000).map(|number| number.to_string()).collect();
+    for some in gone.chunks(BATCH) {
+        inner.forget_some(some).unwrap();
+    }
+    // As a sweep does, with a build in between.
+    *inner.stored.lock() = Some(HashSet::new());
+    let unused = inner.unused().unwrap();
+    // The record 3000 was made of the result 2999, which the next sweep leaves for that.
+    assert_eq!(unused.keys.len(), 2 * 2999);
+    let meta = RecordMeta { inputs: vec![(vec![name(5)], None)], ..RecordMeta::default() };
+    inner.save(&[name(9)], Some("made again".into()), &meta).unwrap();
+    inner.drop_unused(&unused).unwrap();
+    *inner.stored.lock() = None;
+    let known = |number: usize| inner.primary(&name(number)).unwrap().is_some();
+    let all = [4, 5, 6, 9, 2998, 2999, 3000];
+    assert_eq!(all.map(known), [false, true, false, true, false, true, true]);
+    assert!(inner.aliases_of(&HashSet::from([name(4)])).unwrap().is_empty());
+}
+
+#[test]
+fn a_sweep_is_due_again_when_there_are_twice_as_many_also_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache.redb");
+    let inner = Inner::open(&path).unwrap();
+    fill(&inner, 0..1000);
+    assert!(inner.is_sweep_due().unwrap());
+    inner.sweep_if_due().unwrap();
+    drop(inner);
+    let inner = Inner::open(&path).unwrap();
+    assert!(!inner.is_sweep_due().unwrap());
+    fill(&inner, 1000..2001);
+    assert!(inner.is_sweep_due().unwrap());
+}
+
+#[test]
+fn an_index_of_an_older_version_knows_the_keys_of_its_records() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache.redb");
+    let inner = Inner::open(&path).unwrap();
+    inner.save(&[name(1), name(2)], Some("it".into()), &RecordMeta::default()).unwrap();
+    inner.write(|tx| tx.delete_multimap_table(KEYS).map(drop).map_err(fault)).unwrap();
+    drop(inner);
+    let inner = Inner::open(&path).unwrap();
+    let of = inner.aliases_of(&HashSet::from([name(1)])).unwrap();
+    assert_eq!(of[&name(1)], [name(1), name(2)]);
+}
