@@ -50,11 +50,13 @@ pub struct HistoryLimits {
     pub max_age: Duration,
     /// Records beyond this many may go.
     pub max_entries: usize,
+    /// The oldest ones go, whatever their number and age, while the files of all have more bytes.
+    pub max_bytes: u64,
 }
 
 impl Default for HistoryLimits {
     fn default() -> Self {
-        Self { max_age: Duration::from_secs(48 * 3600), max_entries: 50 }
+        Self { max_age: Duration::from_secs(48 * 3600), max_entries: 50, max_bytes: 1_000_000_000 }
     }
 }
 
@@ -450,7 +452,8 @@ impl History {
         Ok(())
     }
 
-    /// Forgets what exceeds both limits (row `so.h.gc`). Blocks.
+    /// Forgets what exceeds both the limits of number and age, or that of bytes (row `so.h.gc`).
+    /// Blocks.
     pub fn trim(&self) {
         let gone: Vec<String> = {
             let entries = self.entries.lock();
@@ -466,11 +469,16 @@ impl History {
             // A cap beyond what BuildKit has: a busy daemon must stay small within the first two
             // days as well.
             let hard = self.limits.max_entries.saturating_mul(4).max(1);
-            let excess = finished.iter().enumerate().skip(self.limits.max_entries);
-            excess
-                .filter(|(i, (completed, _))| old(completed) || *i >= hard)
-                .map(|(_, (_, s))| s.id.clone())
-                .collect()
+            let size = |s: &HistorySummary| s.files.iter().map(|f| f.size).sum::<u64>();
+            let pinned = entries.values().filter(|e| e.summary.pinned);
+            let mut bytes: u64 = pinned.map(|e| size(&e.summary)).sum();
+            let excess = finished.iter().enumerate().filter(|(i, (completed, s))| {
+                bytes = bytes.saturating_add(size(s));
+                // The latest is of use, however large.
+                let large = *i > 0 && bytes > self.limits.max_bytes;
+                large || *i >= self.limits.max_entries && (old(completed) || *i >= hard)
+            });
+            excess.map(|(_, (_, s))| s.id.clone()).collect()
         };
         for id in gone {
             let _ = self.delete(&id);
@@ -764,9 +772,35 @@ mod tests {
         }
         first.pin("0", true).unwrap();
         drop(first);
-        let next = open_with(dir.path(), HistoryLimits { max_age: Duration::ZERO, max_entries: 2 });
+        let next = open_with(
+            dir.path(),
+            HistoryLimits { max_age: Duration::ZERO, max_entries: 2, ..HistoryLimits::default() },
+        );
         let ids: Vec<String> = next.listen().0.iter().map(|r| r.id.clone()).collect();
         assert_eq!(ids, ["0", "3", "4"]);
+    }
+
+    #[tokio::test]
+    async fn the_oldest_records_go_when_all_take_too_many_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = open(dir.path());
+        for i in 0..5 {
+            let finished = FinishedBuild {
+                provenance: vec![(None, vec![i; 1000])],
+                ..FinishedBuild::default()
+            };
+            build(&first, &i.to_string(), Ok(finished)).await;
+        }
+        let all: u64 = first.listen().0.iter().flat_map(|r| &r.files).map(|f| f.size).sum();
+        first.pin("0", true).unwrap();
+        drop(first);
+        let ids = |max_bytes| {
+            let next = open_with(dir.path(), HistoryLimits { max_bytes, ..Default::default() });
+            next.listen().0.iter().map(|r| r.id.clone()).collect::<Vec<String>>()
+        };
+        assert_eq!(ids(all), ["0", "1", "2", "3", "4"]);
+        assert_eq!(ids(all * 4 / 5), ["0", "2", "3", "4"]);
+        assert_eq!(ids(0), ["0", "4"], "what is pinned and the latest stay");
     }
 
     #[test]

@@ -278,6 +278,9 @@ pub struct History {
     pub max_age: Option<Span>,
     #[serde(rename = "maxEntries")]
     pub max_entries: Option<i64>,
+    /// Bytes that the files of all records may have; no share of the disk.
+    #[serde(rename = "maxUsedSpace")]
+    pub max_used_space: Option<DiskSpace>,
 }
 
 /// Frontends.

@@ -454,12 +454,21 @@ impl Settings {
             given => given.unwrap_or(REGISTRY_CONCURRENCY),
         };
         let defaults = HistoryLimits::default();
-        let history = history.map_or(defaults, |h| HistoryLimits {
-            max_age: h.max_age.map_or(defaults.max_age, |s| s.0),
-            max_entries: h
+        let history = history.unwrap_or_default();
+        let history = HistoryLimits {
+            max_age: history.max_age.map_or(defaults.max_age, |s| s.0),
+            max_entries: history
                 .max_entries
                 .map_or(defaults.max_entries, |n| usize::try_from(n).unwrap_or(0)),
-        });
+            max_bytes: match history.max_used_space {
+                None => defaults.max_bytes,
+                Some(DiskSpace::Bytes(bytes)) => bytes,
+                Some(DiskSpace::Percent(_)) => {
+                    return Err(Fault::invalid("history.maxUsedSpace is no share of a disk")
+                        .hint("give bytes, such as \"500MB\""));
+                }
+            },
+        };
         let (traces, about) = traces(&otel, flags.otel_socket_path, &root)?;
         notes.extend(about);
         let debug = flags.debugaddr.or(debug_address).filter(|a| !a.is_empty());

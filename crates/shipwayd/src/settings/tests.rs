@@ -113,6 +113,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("ca.bundle", "'/c.pem'", ""),
     ("history.maxAge", "'1h'", ""),
     ("history.maxEntries", "3", ""),
+    ("history.maxUsedSpace", "'1MB'", ""),
     ("frontend.\"dockerfile.v0\".enabled", "false", ""),
     ("frontend.\"gateway.v0\".enabled", "false", ""),
     ("frontend.\"gateway.v0\".allowedRepositories", "['x']", ""),
