@@ -56,8 +56,31 @@ pub mod wire {
 
     #[derive(Clone, PartialEq, Message)]
     pub struct Image {
+        #[prost(string, tag = "1")]
+        pub id: String,
         #[prost(string, repeated, tag = "2")]
         pub tags: Vec<String>,
+        #[prost(bool, tag = "8")]
+        pub pinned: bool,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct RemoveImage {
+        #[prost(message, optional, tag = "1")]
+        pub image: Option<Id>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Containers {
+        #[prost(message, repeated, tag = "1")]
+        pub containers: Vec<ListedContainer>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ListedContainer {
+        /// Id of its image.
+        #[prost(string, tag = "5")]
+        pub image_id: String,
     }
 
     /// Name, and where it applies uid and namespace.

@@ -1,13 +1,18 @@
-//! The build cache of this machine: the index from cache keys to states, and pruning both.
+//! The build cache of this machine: the index from cache keys to states, pruning both, and the
+//! limits of what is kept ([`Quota`]).
 //!
 //! [`CacheIndex`] is the solver's store. What a build imports besides is the build's own (crate
 //! `remotecache`).
+
+mod quota;
+
+pub use quota::{Place, Quota, Writing, room_was_made};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use shipway_cachedb::{CacheDb, Record, ResultStore};
 use shipway_fault::Result;
-use shipway_refs::{ImmutableRef, PruneOptions, RefId, RefStore, UsageRecord};
+use shipway_refs::{ImmutableRef, PruneOptions, Pruned, RefId, RefStore, UsageRecord};
 use shipway_solver::{CacheKey, CacheStore, RecordMeta};
 use std::{
     collections::{HashMap, HashSet},
@@ -53,7 +58,7 @@ impl CacheIndex {
         self.local.record(key)
     }
 
-    /// Every key that leads to one of `primaries`, by primary. Reads the whole index.
+    /// Every key that leads to one of `primaries`, by primary.
     pub async fn aliases_of(
         &self,
         primaries: HashSet<CacheKey>,
@@ -72,10 +77,12 @@ impl CacheIndex {
         &self,
         options: PruneOptions,
         on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
-    ) -> Result<()> {
-        let gone = Mutex::new(Vec::new());
+    ) -> Result<Pruned> {
+        let (gone, dry_run) = (Mutex::new(Vec::new()), options.dry_run);
         let removed = |record: UsageRecord| {
-            gone.lock().push(record.id.to_string());
+            if !dry_run {
+                gone.lock().push(record.id.to_string());
+            }
             on_removed(record);
         };
         let pruned = self.refs.prune(options, &removed).await;

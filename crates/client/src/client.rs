@@ -3,6 +3,7 @@
 use std::{process::Stdio, sync::Arc, time::Duration};
 
 use futures::{Stream, TryStreamExt};
+use prost::Message as _;
 use shipway_fault::{Code, Context, Fault, Result};
 use shipway_grpc::{ClientTls, TunnelChannel, dial, fault_of};
 use shipway_oci::Digest;
@@ -13,7 +14,7 @@ use shipway_proto::{
     moby::buildkit::v1::control_client::ControlClient,
 };
 use tokio::process::{Child, Command};
-use tonic::transport::Channel;
+use tonic::{metadata::MetadataValue, transport::Channel};
 
 use crate::{DaemonInfo, Location, Status, UsageInfo, WorkerInfo};
 
@@ -27,6 +28,10 @@ pub struct ConnectOptions {
     /// Try again until the daemon answers or the time is up.
     pub wait: bool,
 }
+
+/// With a request for what the build cache holds: an encoded `PruneRequest`, of which only what it
+/// would remove is wanted. With the answer: that this is the answer.
+const WOULD_PRUNE: &str = "shipway-would-prune-bin";
 
 /// What to prune.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +48,19 @@ pub struct PruneOptions {
     pub max_used_space: i64,
     /// Bytes of the disk to get free.
     pub min_free_space: i64,
+}
+
+impl PruneOptions {
+    fn to_wire(&self) -> wire::PruneRequest {
+        wire::PruneRequest {
+            filter: self.filter.clone(),
+            all: self.all,
+            keep_duration: self.keep_duration,
+            reserved_space: self.reserved_space,
+            max_used_space: self.max_used_space,
+            min_free_space: self.min_free_space,
+        }
+    }
 }
 
 /// A connection to a daemon. Clones share it.
@@ -189,31 +207,37 @@ impl Client {
         &self,
         options: PruneOptions,
     ) -> Result<impl Stream<Item = Result<UsageInfo>> + Send + Unpin + use<>> {
-        let PruneOptions {
-            filter,
-            all,
-            keep_duration,
-            reserved_space,
-            max_used_space,
-            min_free_space,
-        } = options;
-        let request = wire::PruneRequest {
-            filter,
-            all,
-            keep_duration,
-            reserved_space,
-            max_used_space,
-            min_free_space,
-        };
         let answer = self
             .control()
-            .prune(request)
+            .prune(options.to_wire())
             .await
             .map_err(|s| fault_of(&s).context("failed to call prune"))?;
         Ok(answer
             .into_inner()
             .map_ok(UsageInfo::from)
             .map_err(|s| fault_of(&s).context("failed to prune")))
+    }
+
+    /// The records that [`Client::prune`] would remove, in that order. `Unimplemented` from a daemon
+    /// that cannot say so, such as buildkitd.
+    pub async fn would_prune(&self, options: &PruneOptions) -> Result<Vec<UsageInfo>> {
+        // A daemon that does not know the question answers another one, and removes nothing.
+        let mut request = tonic::Request::new(wire::DiskUsageRequest::default());
+        let prune = MetadataValue::from_bytes(&options.to_wire().encode_to_vec());
+        request.metadata_mut().insert_bin(WOULD_PRUNE, prune);
+        let answer = self
+            .control()
+            .disk_usage(request)
+            .await
+            .map_err(|s| fault_of(&s).context("failed to ask what a prune would remove"))?;
+        if !answer.metadata().contains_key(WOULD_PRUNE) {
+            return Err(Fault::new(
+                Code::Unimplemented,
+                "this daemon cannot say what a prune would remove",
+            )
+            .hint("`du` shows all that could go"));
+        }
+        Ok(answer.into_inner().record.into_iter().map(UsageInfo::from).collect())
     }
 
     /// The length of the blob `digest` of a build, if the daemon has it.

@@ -1,7 +1,7 @@
 //! Owns the translation of containerd's gRPC statuses to faults.
 
 use shipway_fault::{Class, Code, Fault};
-use std::{error::Error, path::Path};
+use std::{error::Error, io, path::Path};
 use tonic::Status;
 
 /// The fault of `status`, which answered `what` at `address`.
@@ -23,6 +23,7 @@ pub(crate) fn from_status(what: &str, address: &Path, status: &Status) -> Fault 
     if message.contains("no space left on device") || message.contains("disk quota exceeded") {
         return Fault::new(Code::ResourceExhausted, format!("{what}: containerd: {message}"))
             .with_class(Class::Environment)
+            .with_source(io::Error::from(io::ErrorKind::StorageFull))
             .hint("the disk is full: free some space, for example with `shipway prune`, and build again");
     }
     let code = Code::from_number(status.code() as i32);

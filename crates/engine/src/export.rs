@@ -4,12 +4,14 @@ pub(crate) mod caches;
 pub(crate) mod verify;
 
 use crate::build::{Build, BuildScope};
+use shipway_buildcache::room_was_made;
 use shipway_exporters::{
     ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response,
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
 use shipway_oci::{Descriptor, Digest, Platform};
+use shipway_progress::LogStream;
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_remotecache::CacheRequest;
 use shipway_telemetry::{TARGET, traced_result};
@@ -206,12 +208,30 @@ impl<'a> ExportVertex<'a> {
         input: ExportInput,
     ) -> Result<Exported> {
         let export = async {
-            let input =
-                caches::inline(scope, caches, self.exporter.as_ref(), input, &self.cx.reporter)
-                    .await?;
-            self.exporter.export(input, &self.cx).await
+            let writing = scope.parts.services.quota.enter().await;
+            let done = self.export_once(scope, caches, input.clone()).await;
+            // What is sent needs no room here, so nothing was sent yet.
+            if let Err(fault) = &done
+                && let Some(pruned) = writing.made_room(fault).await
+            {
+                self.cx.reporter.log(LogStream::Stderr, room_was_made(pruned).as_bytes());
+                drop(self.cx.finally.take());
+                return self.export_once(scope, caches, input).await;
+            }
+            done
         };
         self.during(export).await
+    }
+
+    async fn export_once(
+        &self,
+        scope: &BuildScope,
+        caches: &[CacheRequest],
+        input: ExportInput,
+    ) -> Result<Exported> {
+        let input =
+            caches::inline(scope, caches, self.exporter.as_ref(), input, &self.cx.reporter).await?;
+        self.exporter.export(input, &self.cx).await
     }
 
     /// Does what the exporter left for the time when all others have succeeded, too.

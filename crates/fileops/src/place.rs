@@ -52,7 +52,9 @@ pub(crate) fn fault(what: &str, path: &impl Display, error: Errno) -> Fault {
             | Errno::NAMETOOLONG
     );
     let mut plainer = Fault::new(fault.code(), format!("{what} {path}: {plain}"));
-    plainer = plainer.with_class(if user { Class::User } else { fault.class() });
+    plainer = plainer
+        .with_class(if user { Class::User } else { fault.class() })
+        .with_source(std::io::Error::from(error));
     fault.hints().fold(plainer, |t, h| t.hint(h.to_owned()))
 }
 

@@ -1,5 +1,5 @@
 //! What programs take from the host in one way: random numbers, files that are replaced as a whole,
-//! how large a file system is; and what they report to be missing on it ([`doctor`]).
+//! how large a file system is and when it is full; and what they report to be missing on it ([`doctor`]).
 //!
 //! `rustix` asks for sizes; `ring` reads the kernel's random numbers, as it does for the keys of
 //! TLS; `tempfile` makes names that no other file has.
@@ -7,7 +7,7 @@
 mod disk;
 pub mod doctor;
 
-pub use disk::Disk;
+pub use disk::{Disk, bytes_of, is_out_of_space};
 
 use ring::rand::{SecureRandom as _, SystemRandom};
 use shipway_fault::{Fault, Result};

@@ -26,6 +26,7 @@ use shipway_executor::{
 };
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::quote;
+use shipway_host::is_out_of_space;
 use shipway_llb::{ExecOp, Mount, MountKind, NetMode, ProxyEnv, SecurityMode};
 use shipway_netproxy::Capture;
 use shipway_refs::ImmutableRef;
@@ -160,7 +161,8 @@ fn failed(
     guards: MountGuards,
     fault: Fault,
 ) -> Fault {
-    if fault.is_cancelled() {
+    // A full disk has no room for what nobody may look into.
+    if fault.is_cancelled() || is_out_of_space(&fault) {
         return fault;
     }
     let input = |m: &Mount| m.input.and_then(|i| inputs.get(i)).cloned().map(FailedState::Done);

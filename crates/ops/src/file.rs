@@ -12,6 +12,7 @@ use crate::{
 use async_trait::async_trait;
 use shipway_fault::{Class, Code, Fault, Result, Subject};
 use shipway_fileops::{Beside, OwnerRoots, owner_of};
+use shipway_host::is_out_of_space;
 use shipway_llb::{FileAction, FileActionKind, FileOp, Owner};
 use shipway_refs::{ImmutableRef, LocalMount, MutableRef, RecordType};
 use shipway_solver::CacheMap;
@@ -357,7 +358,8 @@ impl Runner<'_> {
     /// The failure of action `index`, with the states to look into: what it changed, and what it
     /// copied from.
     async fn failed(&mut self, index: usize, fault: Fault) -> Fault {
-        if fault.is_cancelled() {
+        // A full disk has no room for what nobody may look into.
+        if fault.is_cancelled() || is_out_of_space(&fault) {
             return fault;
         }
         let mut shown_states: BySlot =

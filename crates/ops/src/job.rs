@@ -2,6 +2,7 @@
 
 use crate::{DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions};
 use futures::future::BoxFuture;
+use shipway_buildcache::Quota;
 use shipway_cdi::CdiCatalog;
 use shipway_executor::{CaBundle, Executor};
 use shipway_fault::{Code, Fault, Result};
@@ -159,6 +160,8 @@ pub struct Services {
     pub trace_socket: Option<PathBuf>,
     /// Authorities that the proxy network verifies servers with, beside the system's.
     pub ca: Option<CaBundle>,
+    /// Keeps what operations write within limits.
+    pub quota: Quota,
     /// The certificate authority of the proxy network, once a step needed it.
     pub authority: OnceCell<Arc<Authority>>,
 }

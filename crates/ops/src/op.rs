@@ -8,9 +8,11 @@ use crate::{
 };
 use async_trait::async_trait;
 use shipway_attest::Capture;
+use shipway_buildcache::room_was_made;
 use shipway_fault::{Detail, Fault, Result, Subject};
 use shipway_llb::{ExportCache, Vertex};
 use shipway_oci::Digest;
+use shipway_progress::LogStream;
 use shipway_refs::{ImmutableRef, MutableRef};
 use shipway_session::SessionGroup;
 use shipway_solver::{CacheMap, InputMap, OpContext, Operation};
@@ -130,6 +132,40 @@ impl LlbOp {
         info_span!(target: TARGET, parent: build, "vertex", otel.name = format!("{what}{}", cx.reporter.name()), vertex = %self.vertex.digest)
     }
 
+    /// Runs the operation, and once more where it found the disk full and there is more room now.
+    async fn run_with_room(
+        &self,
+        inputs: Vec<ImmutableRef>,
+        cx: &Context,
+    ) -> Result<Vec<ImmutableRef>> {
+        let writing = self.services.quota.enter().await;
+        let done = self.work.run(self, inputs.clone(), cx).await;
+        if let Err(fault) = &done
+            && let Some(pruned) = writing.made_room(fault).await
+        {
+            cx.reporter.log(LogStream::Stderr, room_was_made(pruned).as_bytes());
+            return self.work.run(self, inputs, cx).await;
+        }
+        done
+    }
+
+    /// [`content::checksum`], which may fetch the state, and so fill the disk.
+    async fn checksum(
+        &self,
+        value: &ImmutableRef,
+        selectors: &[ContentSelector],
+        cx: &Context,
+    ) -> Result<Digest> {
+        let writing = self.services.quota.enter().await;
+        let sum = content::checksum(value, selectors, &cx.reporter).await;
+        match &sum {
+            Err(fault) if writing.made_room(fault).await.is_some() => {
+                content::checksum(value, selectors, &cx.reporter).await
+            }
+            _ => sum,
+        }
+    }
+
     /// The failing operation as a typed detail, with the states that went into it.
     fn failed(
         &self,
@@ -179,20 +215,17 @@ impl Operation for LlbOp {
         let Some(selectors) = self.work.selectors(input) else { return Ok(None) };
         self.services.sources.wanted_by(value, &Self::sessions(cx)?);
         let subject = Subject::CacheInput(i64::try_from(input).unwrap_or(-1));
-        traced_result(
-            self.span("checksum for: ", cx),
-            content::checksum(value, &selectors, &cx.reporter),
-        )
-        .await
-        .map(Some)
-        .map_err(|e| self.failed(e, std::slice::from_ref(value), Some(subject), cx))
+        traced_result(self.span("checksum for: ", cx), self.checksum(value, &selectors, cx))
+            .await
+            .map(Some)
+            .map_err(|e| self.failed(e, std::slice::from_ref(value), Some(subject), cx))
     }
 
     async fn run(&self, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
         let sessions = Self::sessions(cx)?;
         inputs.iter().for_each(|i| self.services.sources.wanted_by(i, &sessions));
         let before = inputs.clone();
-        let done = traced_result(self.span("", cx), self.work.run(self, inputs, cx)).await;
+        let done = traced_result(self.span("", cx), self.run_with_room(inputs, cx)).await;
         done.map_err(|e| self.failed(e, &before, None, cx))
     }
 

@@ -38,6 +38,7 @@ impl Active {
         let (lease, key) = (&active.lease, &active.key);
         active.mounts =
             backend.storage.snapshots.prepare(lease, key, parent, &Labels::new()).await?;
+        backend.begin_writing(key);
         Ok(active)
     }
 
@@ -51,7 +52,10 @@ impl Active {
         let mut active = Self::named(backend, "extract").await?;
         let (lease, key) = (&active.lease, &active.key);
         match backend.storage.snapshots.prepare(lease, key, parent, labels).await {
-            Ok(mounts) => active.mounts = mounts,
+            Ok(mounts) => {
+                backend.begin_writing(key);
+                active.mounts = mounts;
+            }
             Err(e) if e.is_already_exists() && labels.contains_key(SNAPSHOT_REF) => {
                 active.armed = false;
                 return Ok(PreparedLayer::Exists(active.lease.clone()));
@@ -98,6 +102,7 @@ impl Active {
     /// It is a committed snapshot now.
     pub fn committed(mut self) {
         self.armed = false;
+        self.backend.end_writing(&self.key);
         let (backend, lease, key) = (self.backend.clone(), self.lease.clone(), self.key.clone());
         self.backend.background.spawn("forget a snapshot", async move {
             forget(&backend.storage, &lease, &key).await;
@@ -107,6 +112,7 @@ impl Active {
     /// Removes it, and waits for that.
     pub async fn release(mut self) -> Result<()> {
         self.armed = false;
+        self.backend.end_writing(&self.key);
         remove(&self.backend.storage, &self.lease, &self.key).await
     }
 }
@@ -116,6 +122,7 @@ impl Drop for Active {
         if !self.armed {
             return;
         }
+        self.backend.end_writing(&self.key);
         let (backend, lease, key) = (self.backend.clone(), self.lease.clone(), self.key.clone());
         self.backend.background.spawn("remove a snapshot", async move {
             if let Err(e) = remove(&backend.storage, &lease, &key).await {

@@ -8,16 +8,19 @@ use crate::{
     id::fresh_id,
     last_used::LastUsed,
     mount::{self, LocalMount},
+    record::{KIND, KIND_RUN},
     run_lease::RunLeases,
 };
 use parking_lot::Mutex;
 use shipway_fault::Result;
-use shipway_storage::{LeaseId, Mount, SnapshotKey, Storage};
+use shipway_storage::{Labels, LeaseId, Mount, SnapshotKey, Storage};
 use shipway_task::blocking;
 use std::{
     any::Any,
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 /// The storage of one namespace, and what is needed to keep states in it.
@@ -32,6 +35,8 @@ pub(crate) struct Backend {
     pub distrusted: Distrusted,
     /// Leases whose deletion failed.
     leases_to_retry: Mutex<Vec<LeaseId>>,
+    /// Active snapshots that are being written, and since when.
+    being_written: Mutex<HashMap<SnapshotKey, SystemTime>>,
 }
 
 impl Backend {
@@ -50,6 +55,7 @@ impl Backend {
             uses: LastUsed::load(root.join("uses.json")),
             distrusted: Distrusted::default(),
             leases_to_retry: Mutex::default(),
+            being_written: Mutex::default(),
         }))
     }
 
@@ -88,6 +94,30 @@ impl Backend {
             self.delete_lease(lease).await;
         }
         !leases_to_retry.is_empty()
+    }
+
+    /// An active snapshot is being written from now on.
+    pub fn begin_writing(&self, key: &SnapshotKey) {
+        self.being_written.lock().insert(key.clone(), SystemTime::now());
+    }
+
+    /// It is not any more: it was committed, or thrown away.
+    pub fn end_writing(&self, key: &SnapshotKey) {
+        self.being_written.lock().remove(key);
+    }
+
+    /// The active snapshots that are being written, and since when.
+    pub fn being_written(&self) -> Vec<(SnapshotKey, SystemTime)> {
+        self.being_written.lock().iter().map(|(key, since)| (key.clone(), *since)).collect()
+    }
+
+    /// Waits for a garbage collection in containerd: what nothing keeps is gone then.
+    pub async fn collect(&self) -> Result<()> {
+        // A lease of nothing: its synchronous end waits for one collection of everything.
+        let last = LeaseId(format!("shipway-gc-{}", fresh_id()));
+        let labels = Labels::from([(KIND.into(), KIND_RUN.into())]);
+        self.storage.leases.create(&last, &labels).await?;
+        self.storage.leases.delete(&last, true).await
     }
 
     /// Waits until everything dropped so far is cleaned up.

@@ -6,7 +6,7 @@ use shipway_archive::{LayerTree, Tar};
 use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{BlobReader, ContentStore, Labels, LeaseId, SnapshotKey};
+use shipway_storage::{BlobReader, ContentStore, Labels, LeaseId, SnapshotKey, Usage};
 use std::{
     fmt,
     sync::{
@@ -192,6 +192,8 @@ pub(crate) struct StackedLayer {
     pub blob_only: AtomicBool,
     /// The snapshot is one of a remote snapshotter, which does without the blob.
     pub served: AtomicBool,
+    /// What the snapshot takes on the disk, once that was asked and does not change.
+    pub usage: OnceLock<Usage>,
     /// Held while the snapshot is made.
     pub applying: tokio::sync::Mutex<()>,
     /// Held while a blob is fetched.
@@ -280,6 +282,7 @@ impl StackedLayer {
             new: AtomicBool::new(false),
             blob_only: AtomicBool::new(false),
             served: AtomicBool::new(false),
+            usage: OnceLock::new(),
             applying: Default::default(),
             fetching: Default::default(),
             packing: Default::default(),
@@ -293,6 +296,13 @@ impl StackedLayer {
 
     pub fn blobs(&self) -> Vec<KnownBlob> {
         self.origin.lock().blobs.clone()
+    }
+
+    /// Descriptors of all blobs of it in the content store.
+    pub fn stored_blobs(&self) -> Vec<Descriptor> {
+        let origin = self.origin.lock();
+        let stored = origin.blobs.iter().filter(|b| b.is_stored()).map(|b| &b.descriptor);
+        stored.chain(origin.indexed.iter().map(|b| &b.descriptor)).cloned().collect()
     }
 
     /// Remembers a blob. The newest source of one is kept: it has the freshest credentials. But a

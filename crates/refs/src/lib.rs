@@ -26,7 +26,7 @@
 //!
 //! ```text
 //! store         RefStore: what callers open
-//! ├ load        an earlier run's states at a start     usage   listing and prune
+//! ├ load        an earlier run's states at a start     prune ── usage   what is on the disk
 //! │
 //! │ operations on handles
 //! ├ merge       layers of several states               retime  times rewritten
@@ -82,6 +82,7 @@ mod mutable;
 mod named;
 mod named_table;
 mod pack;
+mod prune;
 mod record;
 mod records;
 mod retime;
@@ -101,10 +102,11 @@ pub use mount::LocalMount;
 pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest};
 pub use named_table::Sharing;
+pub use prune::{PruneOptions, Pruned, UsageFilter};
 pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType};
 pub use retime::REWRITTEN;
 pub use served::is_for_snapshotters;
 pub use shipway_archive::{Compression, CompressionKind, Dialect};
 pub use shipway_treehash::{PathFilter, PathVerdict, Selector};
 pub use store::RefStore;
-pub use usage::{PruneOptions, UsageFilter, UsageRecord};
+pub use usage::UsageRecord;

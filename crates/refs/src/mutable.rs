@@ -14,6 +14,7 @@ use crate::{
 use parking_lot::Mutex;
 use shipway_archive::{Compression, Hashed, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
+use shipway_host::is_out_of_space;
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
 use std::{fmt, path::PathBuf, sync::Arc, time::SystemTime};
@@ -160,7 +161,11 @@ async fn commit(
     let blob = match pack {
         Some(compression) => {
             let tree = written(records, &mounts, over).await?;
-            Some(UnownedBlob::pack(records, &active.lease, tree, compression).await?)
+            match UnownedBlob::pack(records, &active.lease, tree, compression).await {
+                // The export packs it again, after room was made for that.
+                Err(fault) if is_out_of_space(&fault) => None,
+                packed => Some(packed?),
+            }
         }
         None => None,
     };

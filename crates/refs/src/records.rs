@@ -13,7 +13,7 @@ use crate::{
 use parking_lot::Mutex;
 use shipway_fault::Result;
 use shipway_oci::{ChainId, DiffId, Digest};
-use shipway_storage::{LeaseId, Mount, SnapshotKey};
+use shipway_storage::{LeaseId, Mount, SnapshotKey, Usage};
 use shipway_treehash::TreeIndex;
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
@@ -39,7 +39,6 @@ pub(crate) struct Record {
     /// Mounts that show the state without a view, where they are known.
     pub shown: OnceLock<Vec<Mount>>,
     pub mounted: tokio::sync::Mutex<Option<WeakMount>>,
-    size: Mutex<Option<u64>>,
     pub index: TreeIndex,
     /// Blobs that were put into the lease in this run.
     pub secured: Mutex<HashSet<Digest>>,
@@ -66,7 +65,6 @@ impl Record {
             view: Default::default(),
             shown: OnceLock::new(),
             mounted: Default::default(),
-            size: Mutex::default(),
             index: TreeIndex::default(),
             secured: Mutex::default(),
         }
@@ -111,6 +109,26 @@ impl Record {
     /// Name of its snapshot.
     pub fn snapshot(&self) -> Option<&SnapshotKey> {
         self.layers.last().map(|c| &c.snapshot)
+    }
+}
+
+/// Something on the disk that a record has, alone or with others.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub name: PartName,
+    pub usage: Usage,
+}
+
+/// What it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum PartName {
+    Snapshot(SnapshotKey),
+    Blob(Digest),
+}
+
+impl Part {
+    fn snapshot(name: &SnapshotKey, usage: Usage) -> Self {
+        Self { name: PartName::Snapshot(name.clone()), usage }
     }
 }
 
@@ -272,33 +290,42 @@ impl Records {
 
     /// Bytes of a record's own layers, parents not counted, and of the blobs known for them.
     pub async fn size_of(&self, record: &Record) -> Result<u64> {
-        if let Some(size) = *record.size.lock() {
-            return Ok(size);
-        }
-        let parents: HashSet<SnapshotKey> = record
-            .parents
-            .iter()
-            .filter_map(|p| self.peek(p))
-            .flat_map(|p| p.layers.iter().map(|c| c.snapshot.clone()).collect::<Vec<_>>())
-            .collect();
-        let mut size = 0;
-        let mut whole = true;
-        for stacked in record.layers.iter().filter(|c| !parents.contains(&c.snapshot)) {
-            match self.backend.storage.snapshots.usage(&stacked.snapshot).await {
-                Ok(usage) => {
-                    size += usage.bytes;
-                    // More of it comes to the disk as it is read.
-                    whole &= !stacked.is_served();
+        Ok(self.parts_of(record).await?.iter().map(|part| part.usage.bytes).sum())
+    }
+
+    /// The snapshots of a record's own layers, parents not counted, and the blobs stored for them.
+    pub async fn parts_of(&self, record: &Record) -> Result<Vec<Part>> {
+        let parents: Vec<Arc<Record>> =
+            record.parents.iter().filter_map(|p| self.peek(p)).collect();
+        let below: HashSet<&SnapshotKey> =
+            parents.iter().flat_map(|p| &p.layers).map(|c| &c.snapshot).collect();
+        let mut parts = Vec::new();
+        for stacked in record.layers.iter().filter(|c| !below.contains(&c.snapshot)) {
+            match stacked.usage.get() {
+                Some(usage) => parts.push(Part::snapshot(&stacked.snapshot, *usage)),
+                None => {
+                    let part = self.snapshot_part(&stacked.snapshot).await?;
+                    // Of one that is served, more comes to the disk as it is read.
+                    if let Some(part) = part.as_ref().filter(|_| !stacked.is_served()) {
+                        let _ = stacked.usage.set(part.usage);
+                    }
+                    parts.extend(part);
                 }
-                Err(e) if e.is_not_found() => whole = false,
-                Err(e) => return Err(e),
             }
+            parts.extend(stacked.stored_blobs().iter().map(|blob| Part {
+                name: PartName::Blob(blob.digest),
+                usage: Usage { bytes: blob.size, inodes: 1 },
+            }));
         }
-        if whole {
-            *record.size.lock() = Some(size);
+        Ok(parts)
+    }
+
+    /// What a snapshot takes, if there is one of that name.
+    pub async fn snapshot_part(&self, snapshot: &SnapshotKey) -> Result<Option<Part>> {
+        match self.backend.storage.snapshots.usage(snapshot).await {
+            Ok(usage) => Ok(Some(Part::snapshot(snapshot, usage))),
+            Err(e) if e.is_not_found() => Ok(None),
+            Err(e) => Err(e),
         }
-        let blobs =
-            record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());
-        Ok(size + blobs.filter(|b| b.is_stored()).map(|b| b.descriptor.size).sum::<u64>())
     }
 }

@@ -14,9 +14,10 @@ use crate::{
     mutable::MutableRef,
     named::{NamedRef, NamedRequest},
     named_table::NamedTable,
+    prune::{PruneOptions, Pruned},
     record::RecordType,
     records::Records,
-    usage::{PruneOptions, States, UsageRecord},
+    usage::{States, UsageRecord},
 };
 use shipway_fault::{Context as _, Result};
 use shipway_oci::Digest;
@@ -172,17 +173,24 @@ impl RefStore {
         self.states().blobs_kept()
     }
 
-    /// Removes what may go, reporting each state to `on_removed`, and returns once containerd has
-    /// freed the space. One prune runs at a time.
+    /// Removes what may go, reporting each state to `on_removed` with the bytes that go with it, and
+    /// returns once containerd has freed the space. One prune runs at a time.
     pub async fn prune(
         &self,
         options: PruneOptions,
         on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
-    ) -> Result<()> {
+    ) -> Result<Pruned> {
         let _one = self.0.pruning.lock().await;
         let pruned = self.states().prune(&options, on_removed).await;
         self.0.backend.uses.save().await;
         pruned
+    }
+
+    /// Waits for a garbage collection in containerd, which frees what nothing keeps any more, and
+    /// before that until everything dropped so far is cleaned up.
+    pub async fn collect_garbage(&self) -> Result<()> {
+        self.drained().await;
+        self.0.backend.collect().await
     }
 
     /// Waits until what was committed is on the disk.

@@ -43,7 +43,7 @@ enum Command {
     /// Show how much space the build cache takes
     Du(du::Args),
     /// Remove build cache
-    Prune(prune::Args),
+    Prune(prune::Prune),
     /// List workers
     Workers(workers::Args),
     /// Show the daemon's version
@@ -92,7 +92,7 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::Build(args) => return build::run(&connect, *args, line.debug).await,
         Command::Bake(args) => return bake::run(&connect, *args, line.debug).await,
         Command::Du(args) => du::run(&connect.connect(PERSONA).await?, args).await,
-        Command::Prune(args) => prune::run(&connect.connect(PERSONA).await?, args).await,
+        Command::Prune(args) => prune::run_or_show(&connect.connect(PERSONA).await?, args).await,
         Command::Workers(args) => workers::run(&connect.connect(PERSONA).await?, args).await,
         Command::Info(args) => info::run(&connect.connect(PERSONA).await?, args).await,
         Command::History(args) => {

@@ -1,6 +1,7 @@
 //! The Control service (rows `ctl.*`): requests off the wire into the engine, and back.
 
 use crate::{filter, history, memory, prune, status, worker};
+use parking_lot::Mutex;
 use shipway_engine::{BuildPolicy, BuildRequest, Engine, ExporterRequest, Progress};
 use shipway_fault::{Fault, Result};
 use shipway_grpc::{Answers, status_of};
@@ -9,7 +10,7 @@ use shipway_proto::{
     moby::buildkit::v1::{self as wire, control_server::Control},
     pb,
 };
-use shipway_refs::UsageRecord;
+use shipway_refs::{PruneOptions, UsageRecord};
 use shipway_remotecache::CacheRequest;
 use shipway_session::SessionId;
 use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
@@ -172,12 +173,28 @@ fn with_time<T>(mut response: Response<T>) -> Response<T> {
     response
 }
 
+impl ControlService {
+    async fn would_prune(
+        &self,
+        request: wire::PruneRequest,
+    ) -> Result<Response<wire::DiskUsageResponse>> {
+        let options = prune::options(request, &self.worker.disk)?;
+        let records = Mutex::new(Vec::new());
+        let options = PruneOptions { dry_run: true, ..options };
+        self.engine.parts().caches.prune(options, &|record| records.lock().push(record)).await?;
+        Ok(prune::would_remove(&records.into_inner()))
+    }
+}
+
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn disk_usage(
         &self,
         request: Request<wire::DiskUsageRequest>,
     ) -> Answer<wire::DiskUsageResponse> {
+        if let Some(wanted) = prune::wanted(request.metadata()).map_err(|f| status_of(&f))? {
+            return self.would_prune(wanted).await.map_err(|f| status_of(&f));
+        }
         let request = request.into_inner();
         let filters =
             filter::parse_all(&request.filter, prune::FIELDS).map_err(|f| status_of(&f))?;

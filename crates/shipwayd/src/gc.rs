@@ -1,16 +1,12 @@
-//! When and by which rules the daemon prunes by itself (rows `so.gc.*`, `toml.w.gc*`).
+//! When and by which rules the daemon prunes by itself (rows `so.gc.*`, `toml.w.gc*`); how, and what
+//! happens between two runs, is [`Quota`]'s.
 
 use crate::{config::DiskSpace, filter, prune, settings::GcSettings};
-use shipway_buildcache::CacheIndex;
+use shipway_buildcache::Quota;
 use shipway_fault::Result;
 use shipway_proto::moby::buildkit::v1::types::GcPolicy;
 use shipway_refs::{PruneOptions, UsageRecord};
-use shipway_telemetry::meter;
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 use tokio::sync::Notify;
 
 /// Between two runs at least (row `so.gc.when`).
@@ -48,7 +44,8 @@ impl Rule {
         }
     }
 
-    fn options(&self, disk: &Path) -> Result<PruneOptions> {
+    /// What it lets go.
+    pub fn options(&self) -> Result<PruneOptions> {
         let filters = filter::parse_all(&self.filters, prune::FIELDS)?;
         Ok(PruneOptions {
             all: self.all,
@@ -56,12 +53,12 @@ impl Rule {
             reserved: self.reserved,
             max_used: self.max_used,
             min_free: self.min_free,
-            disk: Some(disk.to_owned()),
             filter: (!filters.is_empty()).then(|| {
                 Arc::new(move |r: &UsageRecord| {
                     filter::any(&filters, &|name| prune::field(r, name))
                 }) as _
             }),
+            ..PruneOptions::default()
         })
     }
 }
@@ -125,33 +122,17 @@ impl Trigger {
     }
 }
 
-/// Prunes by `rules`, whose limits are of the disk that has `disk`, a moment after each wake-up, at
-/// most once a minute, until dropped.
-pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: Trigger) {
-    if rules.is_empty() {
-        return;
-    }
+/// Prunes by the rules of `quota` a moment after each wake-up, at most once a minute, until dropped.
+pub async fn run(quota: Quota, trigger: Trigger) {
+    at_times(&trigger, || quota.apply()).await;
+}
+
+async fn at_times<F: Future<Output = ()> + Send>(trigger: &Trigger, apply: impl Fn() -> F) {
     trigger.wake();
     loop {
         trigger.0.notified().await;
         tokio::time::sleep(DELAY).await;
-        meter::GC_RUNS.add(1);
-        for rule in &rules {
-            let pruned = match rule.options(&disk) {
-                Ok(options) => {
-                    caches
-                        .prune(options, &|record| {
-                            meter::GC_BYTES.add(record.size);
-                            tracing::debug!(id = %record.id, size = record.size, "pruned");
-                        })
-                        .await
-                }
-                Err(fault) => Err(fault),
-            };
-            if let Err(fault) = pruned {
-                tracing::warn!(error = %fault, "garbage collection failed, will retry after the next build");
-            }
-        }
+        apply().await;
         tokio::time::sleep(INTERVAL).await;
     }
 }
@@ -159,6 +140,7 @@ pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: T
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parking_lot::Mutex;
 
     const DISK: u64 = 1 << 40;
 
@@ -168,6 +150,26 @@ mod tests {
         min_free: Option<DiskSpace>,
     ) -> Vec<Rule> {
         rules(&GcSettings::Limits { reserved, max_used, min_free }, DISK)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_runs_a_moment_after_the_start_and_after_builds_once_a_minute_at_most() {
+        let (trigger, times) = (Trigger::default(), Mutex::new(Vec::new()));
+        let began = tokio::time::Instant::now();
+        let run = at_times(&trigger, async || times.lock().push(began.elapsed().as_secs()));
+        let builds = async {
+            for pause in [10, 10, 300] {
+                tokio::time::sleep(Duration::from_secs(pause)).await;
+                trigger.wake();
+            }
+            tokio::time::sleep(2 * INTERVAL).await;
+        };
+        tokio::select! {
+            () = run => {}
+            () = builds => {}
+        }
+        // The two builds of the first minute cause one run.
+        assert_eq!(*times.lock(), [1, 62, 321]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::{
     worker::{self, Platforms},
 };
 use shipway_attest::Builder;
-use shipway_buildcache::CacheIndex;
+use shipway_buildcache::{CacheIndex, Place, Quota};
 use shipway_cdi::CdiCatalog;
 use shipway_containerd::{Containerd, ContainerdNamespaces, TaskExecutor};
 use shipway_dockerfile2llb::{DockerfileContexts, DockerfileFrontend};
@@ -21,7 +21,7 @@ use shipway_exporters::{Exporters, Publishing};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_frontend::{Frontends, Worker};
 use shipway_history::{History, HistoryEncoders};
-use shipway_host::random_id;
+use shipway_host::{Disk, random_id};
 use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
@@ -55,6 +55,8 @@ const LOCAL_SNAPSHOTTERS: [&str; 7] =
     ["overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile", "erofs"];
 /// Directories below the root, each with an owner of its own.
 const PLACES: [&str; 4] = ["executor", "refs", "history", "sockets"];
+/// What of the root counts towards the limits of garbage collection, besides states in containerd.
+const BESIDES: [&str; 4] = ["cache.redb", "history", "files.json", "refs/uses.json"];
 /// Our own lock, and the one of a buildkitd that might have the same root.
 const LOCKS: [&str; 2] = ["shipwayd.lock", "buildkitd.lock"];
 
@@ -158,6 +160,12 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         HistoryEncoders { log: Arc::new(status::log_blob), fault: Arc::new(history::fault_blob) };
     let history = Arc::new(History::open(root.join("history"), history, encode)?);
     let platforms = Platforms::new(platforms, platforms_max_age);
+    let rules = gc::rules(&gc, Disk::of(&disk).map_or(0, |disk| disk.usable));
+    let quota = Quota::new(
+        caches.clone(),
+        rules.iter().map(|rule| rule.options()).collect::<Result<_>>()?,
+        Place { disk: disk.clone(), besides: BESIDES.map(|name| root.join(name)).into() },
+    );
     let services = Arc::new(Services {
         refs,
         sources,
@@ -169,6 +177,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         log_limits,
         trace_socket: traces.export.is_some().then(|| traces.socket.clone()),
         ca,
+        quota,
         authority: Default::default(),
     });
     let (id, labels) = (
@@ -212,16 +221,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         )?,
         worker: described,
     });
-    let worker = WorkerInfo {
-        id,
-        labels,
-        platforms,
-        gc: gc::rules(
-            &gc,
-            rustix::fs::statvfs(&disk).map(|s| s.f_blocks.saturating_mul(s.f_frsize)).unwrap_or(0),
-        ),
-        disk,
-    };
+    let worker = WorkerInfo { id, labels, platforms, gc: rules, disk };
     tracing::info!(containerd = %address, %namespace, %snapshotter, root = %root.display(), "ready");
     let worker = Arc::new(worker);
     Ok((Parts { engine, storage, worker, telemetry, traces, debug, _locks: locks }, listening))

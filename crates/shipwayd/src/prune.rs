@@ -1,13 +1,19 @@
 //! Usage records and prune options on the wire (rows `ctl.du`, `ctl.prune`, `so.pr.*`).
 
 use crate::filter;
-use shipway_fault::Result;
+use prost::Message as _;
+use shipway_fault::{Fault, Result};
+use shipway_host::Disk;
 use shipway_proto::moby::buildkit::v1 as wire;
 use shipway_refs::{PruneOptions, UsageRecord};
 use std::{
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
+};
+use tonic::{
+    Response,
+    metadata::{MetadataMap, MetadataValue},
 };
 
 /// A record on the wire.
@@ -69,6 +75,28 @@ pub fn field(r: &UsageRecord, name: &str) -> Option<String> {
     }
 }
 
+/// With a request for what the build cache holds: an encoded `PruneRequest`, of which only what it
+/// would remove is wanted. With the answer: that this is the answer.
+const WOULD_PRUNE: &str = "shipway-would-prune-bin";
+
+/// What a request for what the cache holds asks about a prune, if it does.
+pub fn wanted(metadata: &MetadataMap) -> Result<Option<wire::PruneRequest>> {
+    let Some(value) = metadata.get_bin(WOULD_PRUNE) else { return Ok(None) };
+    let bytes = value.to_bytes().ok();
+    let request = bytes.and_then(|bytes| wire::PruneRequest::decode(bytes).ok());
+    let request =
+        request.ok_or_else(|| Fault::invalid(format!("failed to parse {WOULD_PRUNE}")))?;
+    Ok(Some(request))
+}
+
+/// The answer: what the prune would remove.
+pub fn would_remove(records: &[UsageRecord]) -> Response<wire::DiskUsageResponse> {
+    let record = records.iter().map(to_wire).collect();
+    let mut response = Response::new(wire::DiskUsageResponse { record });
+    response.metadata_mut().insert_bin(WOULD_PRUNE, MetadataValue::from_bytes(b"1"));
+    response
+}
+
 /// Options off the wire; free space is that of the disk that has `disk`.
 pub fn options(request: wire::PruneRequest, disk: &Path) -> Result<PruneOptions> {
     let filters = filter::parse_all(&request.filter, FIELDS)?;
@@ -79,10 +107,11 @@ pub fn options(request: wire::PruneRequest, disk: &Path) -> Result<PruneOptions>
         reserved: bytes(request.reserved_space),
         max_used: bytes(request.max_used_space),
         min_free: bytes(request.min_free_space),
-        disk: Some(disk.to_owned()),
+        free: Disk::of(disk).ok().map(|disk| disk.free),
         filter: (!filters.is_empty()).then(|| {
             Arc::new(move |r: &UsageRecord| filter::any(&filters, &|name| field(r, name))) as _
         }),
+        ..PruneOptions::default()
     })
 }
 
@@ -90,6 +119,18 @@ pub fn options(request: wire::PruneRequest, disk: &Path) -> Result<PruneOptions>
 mod tests {
     use super::*;
     use shipway_refs::{RecordType, RefId};
+
+    #[test]
+    fn a_question_about_a_prune_is_told_from_others_and_from_nonsense() {
+        let mut metadata = MetadataMap::new();
+        assert_eq!(wanted(&metadata).unwrap(), None);
+        let request = wire::PruneRequest { all: true, max_used_space: 7, ..Default::default() };
+        metadata.insert_bin(WOULD_PRUNE, MetadataValue::from_bytes(&request.encode_to_vec()));
+        assert_eq!(wanted(&metadata).unwrap(), Some(request));
+        metadata.insert_bin(WOULD_PRUNE, MetadataValue::from_bytes(&[0xff; 9]));
+        assert!(wanted(&metadata).is_err_and(|e| e.to_string().contains(WOULD_PRUNE)));
+        assert!(would_remove(&[]).metadata().contains_key(WOULD_PRUNE));
+    }
 
     #[test]
     fn an_age_limit_leaves_out_what_was_used_since() {

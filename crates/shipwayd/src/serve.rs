@@ -66,15 +66,8 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let trigger = gc::Trigger::default();
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
-    let gc = shipway_task::spawn(
-        "gc",
-        gc::run(
-            engine.parts().caches.clone(),
-            parts.worker.gc.clone(),
-            parts.worker.disk.clone(),
-            trigger.clone(),
-        ),
-    );
+    let quota = engine.parts().services.quota.clone();
+    let gc = shipway_task::spawn("gc", gc::run(quota, trigger.clone()));
     let remembered = shipway_task::spawn("history", forget(engine.parts().history.clone()));
     let control = ControlService { engine: engine.clone(), worker: worker.clone(), gc: trigger };
     let bridge =

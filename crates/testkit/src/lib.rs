@@ -23,7 +23,7 @@ mod wait;
 pub use faulty::{FaultyRegistry, RegistryFault};
 pub use github_cache::GithubCache;
 pub use image::{BaseImage, Layer};
-pub use lab::{Flavour, Lab, LabOptions, Leftovers};
+pub use lab::{Flavour, Lab, LabDisk, LabOptions, Leftovers};
 pub use process::{Finished, Process, run};
 pub use slow::{Network, SlowNetwork};
 pub use wait::{free_port, wait_for};

@@ -2,10 +2,11 @@
 
 use super::vertex_digest;
 use crate::{build::BuildScope, parts::EngineParts};
+use shipway_buildcache::room_was_made;
 use shipway_exporters::{ExportInput, Exporter, Response};
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Digest;
-use shipway_progress::{Reporter, WarningUpdate};
+use shipway_progress::{LogStream, Reporter, WarningUpdate};
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_remotecache::{
     CacheBackend, CacheClients, CacheRequest, Export, ExportOptions, INLINE, Import, ReadCache,
@@ -185,7 +186,14 @@ async fn export_one(
         .journal
         .reporter(vertex_digest(scope.session.as_str(), "cache", index), backend.export_title());
     reporter.started();
-    let done = try_export(scope, backend, request, input, &reporter).await;
+    let writing = scope.parts.services.quota.enter().await;
+    let mut done = try_export(scope, backend, request, input, &reporter).await;
+    if let Err(fault) = &done
+        && let Some(pruned) = writing.made_room(fault).await
+    {
+        reporter.log(LogStream::Stderr, room_was_made(pruned).as_bytes());
+        done = try_export(scope, backend, request, input, &reporter).await;
+    }
     if let Err(fault) = done.as_ref()
         && excused(scope, request, fault)
     {

@@ -5,11 +5,14 @@ use super::logs::StepLog;
 use shipway_executor::ExitStatus;
 use shipway_fault::{Class, Code, Detail, Fault, Result};
 use shipway_gocompat::quote;
+use shipway_host::Disk;
 use shipway_storage::Mount;
-use std::path::Path;
+use std::{io, path::Path};
 
 /// A file system with less than this is full for a step's purposes.
 const NOTHING_LEFT: u64 = 1 << 20;
+/// One with more than this part free was not what a step found full: it has others, in memory.
+const NEARLY_FULL: u64 = 10;
 
 /// `Ok` if the process ended as it may; otherwise the fault that says why not.
 pub(super) async fn judge(
@@ -31,7 +34,8 @@ pub(super) async fn judge(
         return Ok(());
     }
     let mut message = format!("{prefix}: exit code: {}", status.code);
-    let full = log.no_space() || is_full(root).await;
+    let disk = disk_of(root).await;
+    let full = log.no_space() || disk.is_some_and(|disk| is_full(&disk));
     if status.oom_killed {
         let peak = status
             .peak_memory
@@ -53,22 +57,22 @@ pub(super) async fn judge(
         fault = fault
             .with_class(Class::Environment)
             .hint("free some space, for example with `shipway prune`, and build again");
+        if disk.is_some_and(|disk| is_full(&disk) || disk.free < disk.usable / NEARLY_FULL) {
+            fault = fault.with_source(io::Error::from(io::ErrorKind::StorageFull));
+        }
     }
     Err(fault)
 }
 
-/// Whether nothing more can be written where the root filesystem keeps its changes.
-async fn is_full(root: &[Mount]) -> bool {
-    let Some(dir) = root.iter().find_map(Mount::writable_dir).map(Path::to_owned) else {
-        return false;
-    };
-    let look = move || {
-        Ok(rustix::fs::statvfs(dir).is_ok_and(|s| {
-            s.f_bavail.saturating_mul(s.f_frsize) < NOTHING_LEFT
-                || (s.f_files > 0 && s.f_favail == 0)
-        }))
-    };
-    shipway_task::blocking("look for space", look).await.unwrap_or(false)
+/// The disk where the root filesystem keeps its changes.
+async fn disk_of(root: &[Mount]) -> Option<Disk> {
+    let dir = root.iter().find_map(Mount::writable_dir).map(Path::to_owned)?;
+    shipway_task::blocking("look for space", move || Disk::of(&dir)).await.ok()
+}
+
+/// Whether nothing more can be written.
+fn is_full(disk: &Disk) -> bool {
+    disk.free < NOTHING_LEFT || (disk.inodes > 0 && disk.free_inodes == 0)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! `prune`: make room in the build cache.
 
-use futures::StreamExt;
-use shipway_client::{Client, PruneOptions};
+use futures::{Stream, StreamExt};
+use shipway_client::{Client, PruneOptions, UsageInfo};
 use shipway_fault::{Fault, Result};
 
 use super::du;
@@ -36,20 +36,50 @@ pub(crate) struct Args {
     format: Option<String>,
 }
 
+/// `shipway prune`, which has what buildctl has, and more.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Prune {
+    #[command(flatten)]
+    args: Args,
+    /// Show what would be removed, and remove nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(crate) async fn run_or_show(client: &Client, prune: Prune) -> Result<()> {
+    if !prune.dry_run {
+        return run(client, prune.args).await;
+    }
+    let records = client.would_prune(&prune.args.options()).await?;
+    show(&prune.args, futures::stream::iter(records.into_iter().map(Ok))).await
+}
+
 fn megabytes(number: f64) -> i64 {
     (number * 1e6) as i64
 }
 
+impl Args {
+    fn options(&self) -> PruneOptions {
+        PruneOptions {
+            filter: self.filter.clone(),
+            all: self.all,
+            keep_duration: self.keep_duration,
+            reserved_space: megabytes(self.keep_storage_min),
+            max_used_space: megabytes(self.keep_storage),
+            min_free_space: megabytes(self.free_storage),
+        }
+    }
+}
+
 pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
-    let options = PruneOptions {
-        filter: args.filter,
-        all: args.all,
-        keep_duration: args.keep_duration,
-        reserved_space: megabytes(args.keep_storage_min),
-        max_used_space: megabytes(args.keep_storage),
-        min_free_space: megabytes(args.free_storage),
-    };
-    let mut records = client.prune(options).await?;
+    show(&args, client.prune(args.options()).await?).await
+}
+
+/// Prints records as they come, and what they come to.
+async fn show(
+    args: &Args,
+    mut records: impl Stream<Item = Result<UsageInfo>> + Unpin,
+) -> Result<()> {
     let (mut total, mut any) = (0, false);
     while let Some(record) = records.next().await {
         let record = record?;

@@ -99,11 +99,20 @@ pub struct LabOptions {
     pub sandbox: Option<String>,
     /// Directory to work in and to keep; a temporary one otherwise.
     pub keep_in: Option<PathBuf>,
-    /// Size in bytes of the disk that containerd has for itself; the machine's otherwise.
-    pub disk: Option<u64>,
+    /// The disk that containerd has for itself; the machine's otherwise.
+    pub disk: Option<LabDisk>,
     /// What the daemon takes for the name of the machine's present life; the machine's own
     /// otherwise.
     pub boot: Option<String>,
+}
+
+/// A disk of containerd's own.
+#[derive(Clone, Copy, Debug)]
+pub enum LabDisk {
+    /// So many bytes of memory.
+    Memory(u64),
+    /// A file of so many bytes with the file system that machines have, ext4.
+    Ext4(u64),
 }
 
 impl LabOptions {
@@ -174,12 +183,23 @@ impl Lab {
     }
 
     fn mount_disk(&self) {
-        let Some(size) = self.options.disk else { return };
+        let Some(disk) = self.options.disk else { return };
         let root = self.dir.join("containerd-root");
         std::fs::create_dir_all(&root).unwrap();
-        let size = format!("size={size},mode=0711");
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "shipway-lab"]).arg(&root))
-            .ok();
+        let mut mount = Command::new("mount");
+        match disk {
+            LabDisk::Memory(size) => {
+                let size = format!("size={size},mode=0711");
+                mount.args(["-t", "tmpfs", "-o", &size, "shipway-lab"]);
+            }
+            LabDisk::Ext4(size) => {
+                let file = self.dir.join("disk");
+                std::fs::File::create(&file).unwrap().set_len(size).unwrap();
+                run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&file)).ok();
+                mount.args(["-o", "loop"]).arg(&file);
+            }
+        }
+        run(mount.arg(&root)).ok();
     }
 
     /// More lines for the daemon's TOML, for when it is started next.
