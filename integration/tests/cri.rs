@@ -143,6 +143,7 @@ fn collect_as_kubelet(cri: &Cri) -> usize {
 }
 
 /// A node of Kubernetes' with a builder, and an image for sandboxes.
+#[track_caller]
 fn node(mut options: LabOptions) -> (Lab, Cri) {
     options.namespace = "k8s.io".into();
     options.sandbox = Some("docker.io/library/sandbox:1".into());
@@ -227,6 +228,7 @@ fn stop(cri: &Cri, running: &Running) {
     }
 }
 
+#[track_caller]
 fn pod(options: LabOptions) -> (Lab, Cri) {
     let (lab, cri) = node(options);
     let text = "FROM busybox\nRUN echo built here > /word\nENTRYPOINT [\"cat\", \"/word\"]\n";
