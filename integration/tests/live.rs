@@ -10,6 +10,7 @@ mod buildctl;
 mod buildx;
 mod ca;
 mod cache;
+mod cache_mounts;
 mod context;
 mod contexts;
 mod crashes;

@@ -13,6 +13,7 @@ use std::{
 
 use prost::Message;
 use serde::Serialize;
+use shipway_cachemounts::{DIGEST, Direction, FOUND, REQUEST, RESPONSE, Request};
 use shipway_dockerconfig::DockerConfig;
 use shipway_fault::{Context, Fault, Result};
 use shipway_gocompat::parse_bool;
@@ -150,6 +151,10 @@ pub struct SolveOptions {
     pub cache_exports: Vec<CacheEntry>,
     /// Caches to read.
     pub cache_imports: Vec<CacheEntry>,
+    /// Places to save contents of cache mounts to; only our daemon knows them.
+    pub mount_saves: Vec<CacheEntry>,
+    /// Places to restore contents of cache mounts from.
+    pub mount_restores: Vec<CacheEntry>,
     /// Privileges that the build may use.
     pub entitlements: Vec<String>,
     /// Do not list the build in the history.
@@ -191,8 +196,18 @@ pub(crate) struct Plan {
     stores: BTreeMap<String, session_store::Layout>,
     exported: Vec<PathBuf>,
     cached: Vec<(PathBuf, String)>,
+    /// Saves of cache mounts by their number: the directory, and what they are called there.
+    saved: Vec<(usize, PathBuf, String)>,
     /// Caches that keep nothing but what their index lists.
     reset: Vec<PathBuf>,
+}
+
+/// Whether a layout is to lose what its index does not list.
+fn resets(attrs: &BTreeMap<String, String>) -> Result<bool> {
+    let Some(reset) = attrs.get("reset") else { return Ok(false) };
+    parse_bool(reset).ok_or_else(|| {
+        Fault::invalid(format!("failed to parse reset attribute: invalid value {reset:?}"))
+    })
 }
 
 impl Plan {
@@ -202,6 +217,7 @@ impl Plan {
             stores: BTreeMap::new(),
             exported: Vec::new(),
             cached: Vec::new(),
+            saved: Vec::new(),
             reset: Vec::new(),
         };
         for (name, dir) in &options.layouts {
@@ -229,6 +245,7 @@ impl Plan {
             plan.targets.0.insert(index, received);
         }
         plan.caches(options)?;
+        plan.mounts(options)?;
         Ok(plan)
     }
 
@@ -238,21 +255,10 @@ impl Plan {
                 .attrs
                 .get("dest")
                 .ok_or_else(|| Fault::invalid("local cache exporter requires dest"))?;
-            self.stores.insert(
-                format!("local:{dir}"),
-                session_store::Layout { dir: dir.into(), writable: true },
-            );
+            self.offer(dir, true);
             let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
             self.cached.push((dir.into(), tag.to_owned()));
-            if let Some(reset) = entry.attrs.get("reset") {
-                let invalid = || {
-                    Fault::invalid(format!(
-                        "failed to parse reset attribute: invalid value {reset:?}"
-                    ))
-                };
-                let reset = parse_bool(reset).ok_or_else(invalid)?;
-                self.reset.extend(reset.then(|| PathBuf::from(dir)));
-            }
+            self.reset.extend(resets(&entry.attrs)?.then(|| PathBuf::from(dir)));
         }
         let mut imports = Vec::new();
         for mut entry in std::mem::take(&mut options.cache_imports) {
@@ -279,15 +285,55 @@ impl Plan {
                         }
                     }
                 }
-                let writable = self.stores.get(&format!("local:{dir}")).is_some_and(|l| l.writable);
-                self.stores.insert(
-                    format!("local:{dir}"),
-                    session_store::Layout { dir: dir.into(), writable },
-                );
+                self.offer(&dir, false);
             }
             imports.push(entry);
         }
         options.cache_imports = imports;
+        Ok(())
+    }
+
+    /// Lets the daemon read a directory, and write to it if `writable` or if it may already.
+    fn offer(&mut self, dir: &str, writable: bool) {
+        let layout = self.stores.entry(format!("local:{dir}"));
+        let layout =
+            layout.or_insert_with(|| session_store::Layout { dir: dir.into(), writable: false });
+        layout.writable |= writable;
+    }
+
+    /// Finds out what directories have for saves and restores of cache mounts: the names of
+    /// artifacts are in their indexes, which the daemon does not see.
+    fn mounts(&mut self, options: &mut SolveOptions) -> Result<()> {
+        for (number, entry) in options.mount_saves.iter_mut().enumerate() {
+            let request = Request::of(&entry.kind, &entry.attrs, Direction::Save)?;
+            let Some(dir) = request.attrs.get("dest").filter(|_| entry.kind == "local") else {
+                continue;
+            };
+            // Blobs of any of them are used again.
+            let tags = known_tags(dir);
+            let exact = tags.iter().find(|(tag, _)| tag == request.keys.exact());
+            let other = || tags.iter().rev().find(|(tag, _)| tag.starts_with(&request.base));
+            name_found(entry, exact.or_else(other));
+            self.offer(dir, true);
+            self.saved.push((number, dir.into(), request.keys.exact().to_owned()));
+            self.reset.extend(resets(&request.attrs)?.then(|| PathBuf::from(dir)));
+        }
+        for entry in &mut options.mount_restores {
+            let request = Request::of(&entry.kind, &entry.attrs, Direction::Restore)?;
+            let Some(dir) = request.attrs.get("src").filter(|_| entry.kind == "local") else {
+                continue;
+            };
+            let tags = known_tags(dir);
+            let exact = tags.iter().find(|(tag, _)| tag == request.keys.exact());
+            let fallback = || {
+                request.keys.fallback().iter().find_map(|prefix| {
+                    let same = tags.iter().find(|(tag, _)| tag == prefix);
+                    same.or_else(|| tags.iter().rev().find(|(tag, _)| tag.starts_with(prefix)))
+                })
+            };
+            name_found(entry, exact.or_else(fallback));
+            self.offer(dir, false);
+        }
         Ok(())
     }
 
@@ -303,6 +349,34 @@ impl Plan {
             uploads: std::mem::take(&mut options.uploads),
         }
     }
+}
+
+/// The tags in a directory's index, the last written last.
+fn known_tags(dir: &str) -> Vec<(String, String)> {
+    layout::tags(dir.as_ref()).unwrap_or_else(|fault| {
+        tracing::warn!("{fault}");
+        Vec::new()
+    })
+}
+
+/// Lets the daemon know which artifact is meant.
+fn name_found(entry: &mut CacheEntry, found: Option<&(String, String)>) {
+    let (name, digest) = found.cloned().unzip();
+    for (key, value) in [(FOUND, name), (DIGEST, digest)] {
+        match value {
+            Some(value) => entry.attrs.insert(key.to_owned(), value),
+            None => entry.attrs.remove(key),
+        };
+    }
+}
+
+/// Cache options, and those of a type of our own for contents of cache mounts.
+fn with_mounts(caches: &[CacheEntry], mounts: &[CacheEntry]) -> Vec<wire::CacheOptionsEntry> {
+    let ours = |e: &CacheEntry| wire::CacheOptionsEntry {
+        r#type: format!("{REQUEST}{}", e.kind),
+        attrs: e.attrs.clone(),
+    };
+    entries(caches).into_iter().chain(mounts.iter().map(ours)).collect()
 }
 
 fn entries(list: &[CacheEntry]) -> Vec<wire::CacheOptionsEntry> {
@@ -334,8 +408,8 @@ pub(crate) fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
         frontend_attrs: attrs,
         frontend_inputs: options.frontend_inputs.into_iter().map(|(name, d)| (name, d.0)).collect(),
         cache: Some(wire::CacheOptions {
-            exports: entries(&options.cache_exports),
-            imports: entries(&options.cache_imports),
+            exports: with_mounts(&options.cache_exports, &options.mount_saves),
+            imports: with_mounts(&options.cache_imports, &options.mount_restores),
             ..Default::default()
         }),
         entitlements: options.entitlements,
@@ -483,6 +557,11 @@ impl Client {
         let (solved, answer) = solved?;
         let response = solved.into_inner().exporter_response;
         record(&plan.exported, &plan.cached, &response)?;
+        for (number, dir, name) in &plan.saved {
+            if let Some(manifest) = response.get(&format!("{RESPONSE}{number}")) {
+                layout::put(dir, manifest.as_bytes(), &[LayoutName::Tag(name)])?;
+            }
+        }
         for dir in &plan.reset {
             if let Err(fault) = layout::reset(dir) {
                 tracing::warn!("{fault}");
@@ -533,4 +612,65 @@ fn record(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cache_mounts_are_asked_for_with_what_directories_have_of_them() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().to_str().expect("text");
+        for (tag, digest) in [("m-main", "sha256:a"), ("m-main-2", "sha256:b"), ("m", "sha256:c")] {
+            let descriptor = format!("{{\"digest\":\"{digest}\"}}");
+            layout::put(dir.path(), descriptor.as_bytes(), &[LayoutName::Tag(tag)]).expect("puts");
+        }
+        let entry = |kind: &str, attrs: &[(&str, &str)]| CacheEntry {
+            kind: kind.to_owned(),
+            attrs: attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        };
+        let restore = |key, fallback| {
+            entry("local", &[("src", path), ("tag", "m"), ("key", key), ("fallback", fallback)])
+        };
+        let mut options = SolveOptions {
+            frontend: "dockerfile.v0".to_owned(),
+            cache_imports: vec![entry("registry", &[("ref", "r.example/c")])],
+            mount_saves: vec![
+                entry("registry", &[("ref", "r.example/m")]),
+                entry("local", &[("dest", path), ("tag", "m"), ("key", "new")]),
+            ],
+            mount_restores: vec![
+                restore("main", ""),
+                restore("x", "main"),
+                restore("x", "main-"),
+                restore("x", "y"),
+            ],
+            ..SolveOptions::default()
+        };
+        let plan = Plan::of(&mut options).expect("a plan");
+        assert_eq!(plan.saved, [(1, dir.path().to_owned(), "m-new".to_owned())]);
+        assert!(plan.stores[&format!("local:{path}")].writable);
+        let request = request(options).expect("a request");
+        assert!(!request.frontend_attrs["cache-imports"].contains("mounts"));
+        let cache = request.cache.expect("cache options");
+        let shown = |all: &[wire::CacheOptionsEntry]| {
+            let found = |e: &wire::CacheOptionsEntry| {
+                let of = |key: &str| e.attrs.get(key).cloned().unwrap_or_default();
+                format!("{} {} {}", e.r#type, of(FOUND), of(DIGEST))
+            };
+            all.iter().map(found).collect::<Vec<_>>()
+        };
+        // The blobs of the last one are used again.
+        let saves = ["shipway.cache-mounts.registry  ", "shipway.cache-mounts.local m sha256:c"];
+        assert_eq!(shown(&cache.exports), saves);
+        let restores = [
+            "registry  ",
+            "shipway.cache-mounts.local m-main sha256:a",
+            "shipway.cache-mounts.local m-main sha256:a",
+            "shipway.cache-mounts.local m-main-2 sha256:b",
+            "shipway.cache-mounts.local  ",
+        ];
+        assert_eq!(shown(&cache.imports), restores);
+    }
 }

@@ -44,6 +44,19 @@ pub(crate) fn find(dir: &Path, tag: &str) -> Result<Option<String>> {
     Ok(found.and_then(|entry| entry.get("digest")?.as_str()).map(str::to_owned))
 }
 
+/// The tags of all entries that have one, with their digests, in the order in which they were
+/// written.
+pub(crate) fn tags(dir: &Path) -> Result<Vec<(String, String)>> {
+    let index = read(dir)?.unwrap_or_default();
+    let entries =
+        index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let named = |entry: &Value| {
+        let digest = entry.get("digest")?.as_str()?;
+        Some((annotation(entry, REF_NAME)?.to_owned(), digest.to_owned()))
+    };
+    Ok(entries.iter().filter_map(named).collect())
+}
+
 /// The digest of the only entry.
 pub(crate) fn only(dir: &Path) -> Result<Option<String>> {
     let index = read(dir)?.unwrap_or_default();
@@ -218,6 +231,9 @@ mod tests {
         put_one("sha256:c", LayoutName::Image("r.example:5000/x:v1"));
         assert_eq!(find(dir.path(), "latest").expect("reads"), Some("sha256:b".into()));
         assert_eq!(only(dir.path()).expect("two"), None);
+        let tags = tags(dir.path()).expect("reads");
+        let both = [("latest", "sha256:b"), ("v1", "sha256:c")];
+        assert_eq!(tags, both.map(|(tag, digest)| (tag.to_owned(), digest.to_owned())));
         assert_eq!(
             find(dir.path(), "r.example:5000/x:v1").expect("reads"),
             Some("sha256:c".into())

@@ -2,6 +2,7 @@
 
 use crate::{
     build::{Build, BuildScope, Shared},
+    export::mounts::{self, MountRequests},
     finalize::Finalizing,
     parts::EngineParts,
     pipeline,
@@ -14,6 +15,7 @@ use shipway_history::{ExporterRecord, StartedBuild};
 use shipway_oci::Digest;
 use shipway_ops::JobData;
 use shipway_progress::Journal;
+use shipway_remotecache::CacheClients;
 use shipway_session::SessionGroup;
 use shipway_solver::JobId;
 use shipway_telemetry::{
@@ -195,6 +197,7 @@ impl Engine {
         }
         let parts = &self.0.parts;
         let entitlements = request.entitlements(&parts.entitlements, &parts.networks)?;
+        let cache_mounts = MountRequests::take(&mut request)?;
         parts.cache_backends.check_exports(&request.cache_exports)?;
         let wanted = AttestOptions::parse(&request.options)?;
         let exporters = request
@@ -203,6 +206,7 @@ impl Engine {
             .map(|e| parts.exporters.resolve(&e.kind, &e.attrs))
             .collect::<Result<Vec<_>>>()?;
         let sessions = SessionGroup::new(parts.sessions.clone(), [request.session.clone()]);
+        let clients = CacheClients { all: sessions.clone(), own: request.session.clone() };
         let journal = Journal::new();
         let data = JobData {
             id: request.id.as_str().into(),
@@ -211,6 +215,7 @@ impl Engine {
             memo: Default::default(),
             export_plan: Default::default(),
             step_options: Default::default(),
+            cache_mounts: cache_mounts.sources(parts, &clients),
             failed: Default::default(),
             judge: Default::default(),
             nested: Default::default(),
@@ -231,7 +236,12 @@ impl Engine {
             scope.watch_usage();
         }
         let (id, internal) = (request.id.clone(), request.internal);
-        let outcome = pipeline::run(Build::new(scope), request, wanted, exporters).await;
+        let mut outcome =
+            pipeline::run(Build::new(scope.clone()), request, wanted, exporters).await;
+        if let Ok(response) = &mut outcome {
+            let saved = mounts::save_all(&scope, &cache_mounts.saves).await;
+            response.exporter_response.extend(saved);
+        }
         journal.close();
         if !internal {
             let finished = outcome.as_ref().map(|response| response.finished.clone());

@@ -1,6 +1,7 @@
 //! From a frontend's result to exporters.
 
 pub(crate) mod caches;
+pub(crate) mod mounts;
 pub(crate) mod verify;
 
 use crate::build::{Build, BuildScope};

@@ -32,12 +32,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use shipway_fault::Result;
+use shipway_fault::{Fault, Result};
 use shipway_http::DeniedNetworks;
 use shipway_oci::{Descriptor, Digest};
 use std::{
     collections::{BTreeMap, HashSet},
     sync::Arc,
+    time::SystemTime,
 };
 
 /// Attributes of a request to import or export a cache.
@@ -91,6 +92,11 @@ pub trait ObjectCache: Send + Sync {
     /// Writes the config, under each name that it is to have. What is exported is found from now
     /// on.
     async fn publish(&self, config: Bytes) -> Result<()>;
+
+    /// The names of configs that begin with `prefix`, in any order, and when each was written.
+    async fn names(&self, _prefix: &str) -> Result<Vec<(String, Option<SystemTime>)>> {
+        Err(Fault::unimplemented(format!("listing the caches in {}", self.name())))
+    }
 
     /// Whether it can give nothing any more: its credentials were for a time that is over.
     fn is_gone(&self) -> bool {

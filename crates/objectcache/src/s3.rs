@@ -130,25 +130,28 @@ impl Bucket {
         call.header(CONTENT_SHA256, Digest::of(bytes).hex()).payload(Payload::Bytes(bytes))
     }
 
-    /// The first objects below the prefix of layers; none if the credentials may not list.
-    async fn list(&self) -> Result<Listing<Object>> {
-        let prefix = self.config.blob_prefix();
-        let query = format!("list-type=2&max-keys=1000&prefix={}", encoded(&prefix));
-        let call = self.call(Method::GET, "", &query, "list layers".into())?;
-        let answer = match self.send(call).await {
-            Ok(reply) => reply.bytes(MAX_ANSWER).await?,
-            Err(fault) if fault.class() == shipway_fault::Class::Environment && may_not(&fault) => {
-                tracing::debug!(error = %fault, "a bucket cannot be listed, asking for each layer");
-                return Ok(Listing::nothing());
-            }
-            Err(fault) => return Err(fault),
-        };
-        let page = xml::page(&answer)?;
+    /// The first objects whose keys begin with `prefix`; whether there are more.
+    async fn first(&self, prefix: &str, what: &str) -> Result<(Vec<(String, Object)>, bool)> {
+        let query = format!("list-type=2&max-keys=1000&prefix={}", encoded(prefix));
+        let call = self.call(Method::GET, "", &query, format!("list {what}"))?;
+        let page = xml::page(&self.send(call).await?.bytes(MAX_ANSWER).await?)?;
         let objects = page
             .objects
             .into_iter()
             .map(|o| (o.key, Object { size: o.size, modified: timestamp::parse(&o.modified) }));
-        Ok(Listing::page(objects.collect(), page.truncated))
+        Ok((objects.collect(), page.truncated))
+    }
+
+    /// The first objects below the prefix of layers; none if the credentials may not list.
+    async fn list(&self) -> Result<Listing<Object>> {
+        match self.first(&self.config.blob_prefix(), "layers").await {
+            Ok((objects, more)) => Ok(Listing::page(objects, more)),
+            Err(fault) if fault.class() == shipway_fault::Class::Environment && may_not(&fault) => {
+                tracing::debug!(error = %fault, "a bucket cannot be listed, asking for each layer");
+                Ok(Listing::nothing())
+            }
+            Err(fault) => Err(fault),
+        }
     }
 
     async fn head(&self, layer: &Descriptor) -> Result<Option<Object>> {
@@ -324,6 +327,15 @@ impl ObjectCache for Bucket {
             call.payload(Payload::Layer { content, offset, length })
         })
         .await
+    }
+
+    async fn names(&self, prefix: &str) -> Result<Vec<(String, Option<SystemTime>)>> {
+        let below = self.config.manifest_key("");
+        let (objects, _) = self.first(&format!("{below}{prefix}"), "caches").await?;
+        let named = |(key, object): (String, Object)| {
+            key.strip_prefix(&below).map(|name| (name.to_owned(), object.modified))
+        };
+        Ok(objects.into_iter().filter_map(named).collect())
     }
 
     async fn publish(&self, config: Bytes) -> Result<()> {

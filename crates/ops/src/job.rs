@@ -1,6 +1,8 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::{DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions};
+use crate::{
+    CacheMounts, DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions,
+};
 use futures::future::BoxFuture;
 use shipway_buildcache::Quota;
 use shipway_cdi::CdiCatalog;
@@ -101,6 +103,8 @@ pub struct JobData {
     pub export_plan: ExportPlan,
     /// What it wants of its steps besides their results.
     pub step_options: StepOptions,
+    /// What it restores into cache mounts, and uses of them.
+    pub cache_mounts: CacheMounts,
     /// What its failed operations left.
     pub failed: FailedStates,
     /// Who decides what its steps may fetch.

@@ -9,6 +9,7 @@
 //! (`emulator`).
 
 mod build;
+mod cache_mounts;
 mod container;
 mod content;
 mod devices;
@@ -28,6 +29,7 @@ mod source;
 mod step_options;
 
 pub use build::{Nested, NestedGraph, NestedGraphs, SolveNested};
+pub use cache_mounts::{CacheMounts, MountDir, MountName, MountSource, OpenPlace, UsedMount};
 pub use container::{Container, ContainerSpec};
 pub use devices::DeviceGrants;
 pub use emulator::Emulators;

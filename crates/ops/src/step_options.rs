@@ -52,6 +52,11 @@ impl StepOptions {
         self.lock().limits.get(&vertex).cloned()
     }
 
+    /// Whether the cache mount `id` begins empty in this build.
+    pub(crate) fn begins_empty(&self, id: &str, nested: bool) -> bool {
+        self.lock().empty.contains(&(id.to_owned(), nested))
+    }
+
     /// Calls `empty` if the cache mount `id`, whose key is `key`, begins empty in this build and
     /// was not emptied yet. What one step of the build leaves in it is there for the next one.
     pub(crate) fn empty_once(&self, id: &str, nested: bool, key: &str, empty: impl FnOnce()) {
@@ -99,6 +104,7 @@ mod tests {
             options.empty_once(id, nested, &format!("key-{id}"), || done = true);
             done
         };
+        assert!(options.begins_empty("x", false) && !options.begins_empty("y", false));
         assert!(empties("x", false) && !empties("x", false));
         // Another definition of the same build, such as that of another platform.
         options.note(&graph(vec![vertex("d", "x", true, 0)]));

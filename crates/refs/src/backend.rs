@@ -5,6 +5,7 @@ use crate::{
     background::Background,
     durable::Durable,
     exact::Distrusted,
+    fill_marks::FillMarks,
     id::fresh_id,
     last_used::LastUsed,
     mount::{self, LocalMount},
@@ -28,6 +29,8 @@ pub(crate) struct Backend {
     pub storage: Storage,
     /// Where the daemon's own mounts are made.
     pub mounts: PathBuf,
+    /// Which named states are being filled.
+    pub filling: FillMarks,
     pub durable: Arc<Durable>,
     pub run_leases: RunLeases,
     pub background: Background,
@@ -49,6 +52,7 @@ impl Backend {
         Ok(Arc::new(Self {
             storage,
             mounts,
+            filling: FillMarks::new(root.join("filling")),
             durable: Durable::open(root.join("durable.json"), boot)?,
             run_leases: RunLeases::new(),
             background: Background::new(),

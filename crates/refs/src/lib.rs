@@ -46,7 +46,8 @@
 //! ├ named_table                            named states, and who holds them
 //! │
 //! │ containerd's storage in this run of the daemon
-//! ├ active, blob_writer ── backend ── run_lease, last_used, durable, mount ── background
+//! ├ active, blob_writer ── backend ── run_lease, last_used, durable, fill_marks
+//! │                              └── mount ── background
 //! │
 //! │ data
 //! └ record ── exact ── layer, id           life, served; tree_copy ── contents
@@ -64,6 +65,7 @@ mod durable;
 mod early_blob;
 mod exact;
 mod fetch;
+mod fill_marks;
 mod frozen;
 mod id;
 mod immutable;
@@ -100,7 +102,7 @@ pub use layer::{Layer, LayerBlob, LayerOrigins, LayerSource, LayerSourceId, Lazy
 pub use layered::View;
 pub use mount::LocalMount;
 pub use mutable::MutableRef;
-pub use named::{NamedRef, NamedRequest};
+pub use named::{Filling, NamedRef, NamedRequest};
 pub use named_table::Sharing;
 pub use prune::{PruneOptions, Pruned, UsageFilter};
 pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType};

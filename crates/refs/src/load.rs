@@ -80,6 +80,7 @@ impl Load<'_> {
         let on_lost = |s: &SnapshotInfo| s.parent.as_ref().is_some_and(|p| lost.contains_key(p));
         let snapshots: HashSet<SnapshotKey> =
             whole.into_iter().filter(|s| !on_lost(s)).map(|s| s.key).collect();
+        let half = self.backend.filling.list().await?;
         // What is in the way of a removal has to be gone first.
         let at_once = !lost.is_empty();
         for lease in leases {
@@ -129,6 +130,7 @@ impl Load<'_> {
                 // What can be fetched anew is: which of its files are truncated is unknown.
                 RecordBody::Named { snapshot, .. }
                     if snapshots.contains(snapshot)
+                        && !half.contains(&id)
                         && !(self.backend.durable.was_cut() && meta.record_type.is_source()) =>
                 {
                     self.named.load(id, meta);
@@ -137,6 +139,9 @@ impl Load<'_> {
                     self.backend.storage.leases.delete(&lease.id, at_once).await?
                 }
             }
+        }
+        for id in &half {
+            self.backend.filling.remove(id).await?;
         }
         let left = self.remove_lost(lost).await?;
         self.backend.durable.begin(left).await

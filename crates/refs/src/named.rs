@@ -10,7 +10,7 @@ use crate::{
     record::{RecordBody, RecordMeta, RecordType, name_of},
     records::Records,
 };
-use shipway_fault::{Context as _, Result};
+use shipway_fault::{Context as _, Fault, Result};
 use shipway_storage::{Mount, SnapshotKey};
 use shipway_treehash::TreeIndex;
 use std::{fmt, sync::Arc, time::SystemTime};
@@ -69,13 +69,33 @@ impl NamedRef {
             }
             let taken = found.iter().any(|s| s.in_use());
             if !taken || request.sharing == Sharing::Private {
-                let made = make(&records, table, &request).await;
+                let made = make(&records, table, &request, fresh_id()).await;
                 let (writer, mounts) = made.context(|| format!("make {}", request.description))?;
                 return Ok(Self { records, writer, mounts, fresh: true });
             }
             drop(making);
             freed.await;
         }
+    }
+
+    /// A new state for `request` to fill; `None` if there is one of that key.
+    pub(crate) async fn fill(
+        records: &Arc<Records>,
+        table: &Arc<NamedTable>,
+        request: NamedRequest,
+    ) -> Result<Option<Filling>> {
+        let _making = table.making.lock().await;
+        if !table.with_key(&request.key, request.record_type).is_empty() {
+            return Ok(None);
+        }
+        let id = fresh_id();
+        // Before there is a state, so that there never is one without a mark.
+        records.backend.filling.add(&id).await?;
+        let request = NamedRequest { sharing: Sharing::Locked, ..request };
+        let made = make(records, table, &request, id).await;
+        let (writer, mounts) = made.context(|| format!("make {}", request.description))?;
+        let state = Self { records: records.clone(), writer, mounts, fresh: true };
+        Ok(Some(Filling(Some(state))))
     }
 
     fn entry(&self) -> &NamedEntry {
@@ -130,10 +150,44 @@ impl NamedRef {
     }
 }
 
+/// A named state that nobody else gets before it is whole. Dropped without [`Filling::done`] it
+/// vanishes, and so it does if the daemon ends before.
+#[derive(Debug)]
+pub struct Filling(Option<NamedRef>);
+
+impl Filling {
+    /// The state as a writable directory of the host.
+    pub async fn mount(&self) -> Result<LocalMount> {
+        match &self.0 {
+            Some(state) => state.mount().await,
+            None => Err(Fault::internal("a state that is whole is filled")),
+        }
+    }
+
+    /// It is whole: requests that wait for it get it. Drop mounts first.
+    pub async fn done(mut self) -> Result<()> {
+        if let Some(state) = &self.0 {
+            state.records.backend.filling.remove(state.id()).await?;
+        }
+        self.0.take();
+        Ok(())
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        if let Some(state) = self.0.take() {
+            // Its mark stays: the next start finds what is not removed until then.
+            state.writer.discard();
+        }
+    }
+}
+
 async fn make(
     records: &Records,
     table: &Arc<NamedTable>,
     request: &NamedRequest,
+    id: RefId,
 ) -> Result<(EntryWriter, Vec<Mount>)> {
     let mut below = None;
     let mut parents = Vec::new();
@@ -151,5 +205,5 @@ async fn make(
         parents,
         body: RecordBody::Named { name: name.clone(), snapshot: snapshot.clone() },
     };
-    table.make(fresh_id(), meta, (name, snapshot), below, request.sharing).await
+    table.make(id, meta, (name, snapshot), below, request.sharing).await
 }

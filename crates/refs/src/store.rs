@@ -12,7 +12,7 @@ use crate::{
     load::Load,
     merge,
     mutable::MutableRef,
-    named::{NamedRef, NamedRequest},
+    named::{Filling, NamedRef, NamedRequest},
     named_table::NamedTable,
     prune::{PruneOptions, Pruned},
     record::RecordType,
@@ -109,6 +109,16 @@ impl RefStore {
     /// The named state, as it was left, or a new one.
     pub async fn named(&self, request: NamedRequest) -> Result<NamedRef> {
         NamedRef::take(&self.0.records, &self.0.named, request).await
+    }
+
+    /// A new named state to be filled before anybody gets it; `None` if there is one of that key.
+    pub async fn fill_named(&self, request: NamedRequest) -> Result<Option<Filling>> {
+        NamedRef::fill(&self.0.records, &self.0.named, request).await
+    }
+
+    /// Whether there is a named state of a key.
+    pub fn has_named(&self, record_type: RecordType, key: &str) -> bool {
+        !self.0.named.with_key(key, record_type).is_empty()
     }
 
     /// Throws away the named states of a key: no new handle finds them, and each vanishes with its

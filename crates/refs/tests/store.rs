@@ -570,6 +570,47 @@ async fn cache_mounts_are_shared_private_or_locked() {
 }
 
 #[tokio::test]
+async fn a_state_that_is_filled_is_had_whole_or_not_at_all() {
+    let lab = Lab::new();
+    let store = lab.open().await;
+    let fill = async |store: &RefStore| {
+        let filling = store.fill_named(named("c", Sharing::Shared)).await.unwrap().unwrap();
+        fs::write(filling.mount().await.unwrap().path().join("half"), "").unwrap();
+        filling
+    };
+    let files = async |store: &RefStore| {
+        let state = store.named(named("c", Sharing::Shared)).await.unwrap();
+        fs::read_dir(state.mount().await.unwrap().path()).unwrap().count()
+    };
+    // One that is given up.
+    let filling = fill(&store).await;
+    let waiting = shipway_task::spawn("test", {
+        let store = store.clone();
+        async move { store.named(named("c", Sharing::Shared)).await.unwrap().is_fresh() }
+    });
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished(), "somebody has half of it");
+    assert!(store.fill_named(named("c", Sharing::Shared)).await.unwrap().is_none());
+    drop(filling);
+    assert!(waiting.await.unwrap());
+    assert_eq!(files(&store).await, 0);
+    store.discard_named(named("c", Sharing::Shared).record_type, "c");
+    store.drained().await;
+    // One whose daemon ended meanwhile.
+    std::mem::forget(fill(&store).await);
+    let store = lab.open().await;
+    assert!(!store.has_named(named("c", Sharing::Shared).record_type, "c"));
+    assert_eq!(files(&store).await, 0);
+    store.discard_named(named("c", Sharing::Shared).record_type, "c");
+    store.drained().await;
+    // One that is whole.
+    fill(&store).await.done().await.unwrap();
+    assert_eq!(files(&store).await, 1);
+    drop(store);
+    assert_eq!(files(&lab.open().await).await, 1);
+}
+
+#[tokio::test]
 async fn pruning_goes_from_the_leaves_and_keeps_what_is_used() {
     let lab = Lab::new();
     let store = lab.open().await;

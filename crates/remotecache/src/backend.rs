@@ -3,12 +3,14 @@
 //! manifests, is a line in crate `objectcache`'s table.
 
 mod client;
+mod mounts;
 mod objects;
 mod registry;
 
 use crate::{CacheRequest, ExportOptions, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
+use shipway_cachemounts::{Direction, Place, Request};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_registry::Registry;
@@ -70,6 +72,16 @@ pub trait CacheBackend: Send + Sync {
         clients: &CacheClients,
     ) -> Result<Box<dyn CacheWriter>>;
 
+    /// The place that `request` names, for contents of cache mounts.
+    async fn mounts(
+        &self,
+        request: &Request,
+        _clients: &CacheClients,
+        _direction: Direction,
+    ) -> Result<Arc<dyn Place>> {
+        Err(Fault::unimplemented(format!("cache mounts in a {} cache", request.kind)))
+    }
+
     /// Whether a build succeeds without an export whose place does not answer or is too busy,
     /// unless the request says otherwise.
     fn is_best_effort(&self) -> bool {
@@ -123,7 +135,7 @@ impl Backends {
     pub fn new(registry: Registry, sessions: SessionHub) -> Self {
         let mut all: Vec<Box<dyn CacheBackend>> = Vec::new();
         for service in shipway_objectcache::services(registry.denied()) {
-            all.push(Box::new(objects::ObjectBackend(service)));
+            all.push(Box::new(objects::ObjectBackend(service.into())));
         }
         all.push(Box::new(registry::RegistryBackend(registry)));
         all.push(Box::new(client::ClientBackend(sessions)));
@@ -133,6 +145,17 @@ impl Backends {
     /// The one of this kind.
     fn of(&self, kind: &str) -> Option<&dyn CacheBackend> {
         self.0.iter().map(|backend| &**backend).find(|backend| backend.kind() == kind)
+    }
+
+    /// The place for contents of cache mounts that `request` names.
+    pub async fn mounts(
+        &self,
+        request: &Request,
+        clients: &CacheClients,
+        direction: Direction,
+    ) -> Result<Arc<dyn Place>> {
+        let unknown = || Fault::unimplemented(format!("cache mounts in a {} cache", request.kind));
+        self.of(&request.kind).ok_or_else(unknown)?.mounts(request, clients, direction).await
     }
 
     /// The one that `request` to import names.

@@ -12,6 +12,9 @@
 //! for clients' directories, and one for all kinds of object stores, which are crate
 //! `objectcache`'s.
 //!
+//! The same places keep contents of cache mounts, which are crate `cachemounts`'s
+//! ([`CacheBackend::mounts`]).
+//!
 //! The keys in it are this program's own (crate `solver`), so a cache of BuildKit's is read without
 //! harm and without hits.
 

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use shipway_cachemounts::{Direction, Request};
 use shipway_client::{
     AuthTls, CacheEntry, Export, FileTarget, SecretSource, Secrets, SshAgents, Target,
 };
@@ -137,6 +138,20 @@ fn github(
         ));
     }
     Ok(())
+}
+
+/// A value of `--cache-mount-to` or `--cache-mount-from`; a bare name is a registry's reference.
+pub(crate) fn cache_mounts(
+    text: &str,
+    flag: &str,
+    direction: Direction,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<CacheEntry> {
+    let (kind, attrs) = typed_or_reference(text, flag)?;
+    let entry = amazon(CacheEntry { kind, attrs }, env);
+    Request::of(&entry.kind, &entry.attrs, direction)
+        .map_err(|fault| fault.context(flag.to_owned()))?;
+    Ok(entry)
 }
 
 /// A type with attributes; a bare name is the reference of something in a registry.
@@ -397,6 +412,30 @@ mod tests {
         );
         assert!(fill(&[], &[token]).is_err_and(|why| why.contains("requires url")));
         assert!(fill(&[], &[url]).is_err_and(|why| why.contains("requires token")));
+    }
+
+    #[test]
+    fn cache_mounts_are_saved_to_a_place_and_restored_from_one() {
+        let shown = |text, direction| {
+            cache_mounts(text, "--flag", direction, &|name| {
+                name.starts_with("AWS_").then(|| "v".to_owned())
+            })
+            .map(|c| format!("{} {:?}", c.kind, c.attrs))
+            .map_err(|f| f.to_string())
+        };
+        use Direction::{Restore, Save};
+        assert_eq!(shown("r.example/m", Save), Ok(r#"registry {"ref": "r.example/m"}"#.into()));
+        assert_eq!(
+            shown("type=local,src=d,key=k,fallback=a;b", Restore),
+            Ok(r#"local {"fallback": "a;b", "key": "k", "src": "d"}"#.into())
+        );
+        assert_eq!(
+            shown("type=s3,bucket=b", Save),
+            Ok(r#"s3 {"access_key_id": "v", "bucket": "b", "secret_access_key": "v", "session_token": "v"}"#.into())
+        );
+        let wrong = shown("type=local,src=d", Save);
+        assert_eq!(wrong, Err("--flag: cache mounts in a directory require dest".into()));
+        assert!(shown("key=k", Save).is_err_and(|why| why.contains("requires type=<type>")));
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl Importing {
 }
 
 /// The clients of a build, as its caches see them.
-fn clients(scope: &BuildScope) -> CacheClients {
+pub(crate) fn clients(scope: &BuildScope) -> CacheClients {
     CacheClients { all: scope.data.sessions.clone(), own: scope.session.clone() }
 }
 

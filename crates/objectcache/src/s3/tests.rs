@@ -186,6 +186,22 @@ async fn one_list_tells_what_is_there() {
 }
 
 #[tokio::test]
+async fn caches_are_listed_with_their_times() {
+    let store = Store::default();
+    let standin = serve(&store).await;
+    for (key, age) in [("p/manifests/a-1", 10), ("p/manifests/a-2", 0), ("p/manifests/b", 0)] {
+        store.put(key, b"{}", Duration::from_secs(age));
+    }
+    let cache = open(&standin, &[("prefix", "p/")]).await;
+    let mut names = cache.names("a-").await.unwrap();
+    names.sort_by_key(|(_, written)| *written);
+    assert_eq!(names.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a-1", "a-2"]);
+    assert!(names.iter().all(|(_, written)| written.is_some()));
+    assert!(cache.names("c").await.unwrap().is_empty());
+    assert_eq!(standin.take().len(), 2);
+}
+
+#[tokio::test]
 async fn an_export_with_nothing_new_is_two_requests_and_an_import_one() {
     let store = Store::default();
     let standin = serve(&store).await;

@@ -1,7 +1,7 @@
 //! From LLB mounts to mounts of a process, and to the states that come out of it (rows
 //! `exec.mnt.*`).
 
-use crate::{JobData, Services};
+use crate::{JobData, Services, cache_mounts::MountName};
 use shipway_executor::{ExecMount, MountSource, RootFs, Secret};
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::path::rooted;
@@ -310,6 +310,7 @@ impl Planner<'_> {
                     )
                 };
                 self.cx.jobs.iter().for_each(each);
+                self.restore_cache(mount, cache, &request).await;
             }
             let named = self.services.refs.named(request).await?;
             let mounts = self.cache_mounts(&named).await?;
@@ -317,6 +318,23 @@ impl Planner<'_> {
             self.guards.named.push(named);
         }
         Ok(())
+    }
+
+    /// Restores a cache directory that is not here, for the builds that have a place to restore it
+    /// from, and notes that they use it.
+    async fn restore_cache(&self, mount: &Mount, cache: &CacheMount, request: &NamedRequest) {
+        let (id, nested) = (cache_id(mount, cache), mount.input.is_some());
+        // What begins empty shows nothing but its root, whatever part of it a step asks for.
+        let selector = if nested { mount.selector.as_str() } else { "/" };
+        let name = MountName::new(id, selector, nested);
+        for job in self.cx.jobs {
+            if !job.step_options.begins_empty(id, nested) {
+                let refs = &self.services.refs;
+                let (mounts, reporter) = (&job.cache_mounts, self.cx.reporter);
+                mounts.restore(refs, &name, selector, request, reporter).await;
+            }
+            job.cache_mounts.note(&name, selector, request);
+        }
     }
 
     /// Mounts of a cache directory. An overlay must not be mounted twice for writing, so steps that

@@ -1,9 +1,13 @@
 //! Caches in a directory of the client (rows `rc.local*`), which is a content store to us.
 
-use super::{CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
+use super::{
+    CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options,
+    mounts::ClientMounts,
+};
 use crate::{CacheRequest, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
+use shipway_cachemounts::{Direction, Place, Request};
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, ImageName};
 use shipway_session::{ClientStore, SessionHub};
@@ -49,6 +53,22 @@ impl CacheBackend for ClientBackend {
         clients: &CacheClients,
     ) -> Result<Box<dyn CacheWriter>> {
         Ok(Box::new(ClientWriter(self.store(request.needed("dest")?, clients).await?)))
+    }
+
+    async fn mounts(
+        &self,
+        request: &Request,
+        clients: &CacheClients,
+        direction: Direction,
+    ) -> Result<Arc<dyn Place>> {
+        let key = match direction {
+            Direction::Save => "dest",
+            Direction::Restore => "src",
+        };
+        let cache = CacheRequest::from(request);
+        let dir = cache.needed(key)?;
+        let store = self.store(dir, clients).await?;
+        Ok(Arc::new(ClientMounts::new(store, dir, request)?))
     }
 }
 

@@ -1,17 +1,21 @@
 //! Caches in object stores: crate `objectcache` as a kind of place, whatever store it is.
 
-use super::{CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
+use super::{
+    CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options,
+    mounts::ObjectMounts,
+};
 use crate::{CacheRequest, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt as _, stream, stream::BoxStream};
+use shipway_cachemounts::{Direction, Place, Request};
 use shipway_fault::{Fault, Result};
 use shipway_objectcache::{Download, LayerContent, ObjectCache, Service};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_sources::{BlobStream, Remote};
 use std::{collections::HashSet, sync::Arc};
 
-pub(super) struct ObjectBackend(pub Box<dyn Service>);
+pub(super) struct ObjectBackend(pub Arc<dyn Service>);
 
 #[async_trait]
 impl CacheBackend for ObjectBackend {
@@ -40,6 +44,15 @@ impl CacheBackend for ObjectBackend {
         _: &CacheClients,
     ) -> Result<Box<dyn CacheWriter>> {
         Ok(Box::new(ObjectWriter(self.0.open(&request.attrs).await?)))
+    }
+
+    async fn mounts(
+        &self,
+        request: &Request,
+        _: &CacheClients,
+        _: Direction,
+    ) -> Result<Arc<dyn Place>> {
+        Ok(Arc::new(ObjectMounts::new(self.0.clone(), request).await?))
     }
 
     fn is_best_effort(&self) -> bool {

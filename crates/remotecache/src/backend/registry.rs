@@ -1,10 +1,14 @@
 //! Caches under a tag of a registry's repository (rows `rc.reg*`).
 
-use super::{CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
+use super::{
+    CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options,
+    mounts::RegistryMounts,
+};
 use crate::{CacheRequest, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, stream};
+use shipway_cachemounts::{Direction, Place, Request};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, ImageName};
 use shipway_registry::{Mode, Registry, Repository};
@@ -64,6 +68,20 @@ impl CacheBackend for RegistryBackend {
     ) -> Result<Box<dyn CacheWriter>> {
         let (repository, name) = self.repository(request, clients, Mode::Push)?;
         Ok(Box::new(RegistryWriter { repository, tag: name.tag().unwrap_or("latest").to_owned() }))
+    }
+
+    async fn mounts(
+        &self,
+        request: &Request,
+        clients: &CacheClients,
+        direction: Direction,
+    ) -> Result<Arc<dyn Place>> {
+        let mode = match direction {
+            Direction::Save => Mode::Push,
+            Direction::Restore => Mode::Pull,
+        };
+        let (repository, _) = self.repository(&request.into(), clients, mode)?;
+        Ok(Arc::new(RegistryMounts(repository)))
     }
 }
 

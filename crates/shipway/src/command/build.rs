@@ -118,6 +118,15 @@ pub(crate) struct Args {
     /// Cache to write, such as an image's name or type=inline; may be repeated
     #[arg(long, value_name = "CACHE")]
     cache_to: Vec<String>,
+    /// Place to restore contents of cache mounts from (RUN --mount=type=cache), such as an image's
+    /// name or type=local,src=DIR or type=s3,bucket=NAME, with key=KEY, fallback=KEY;KEY, id=ID;
+    /// may be repeated
+    #[arg(long, value_name = "PLACE")]
+    cache_mount_from: Vec<String>,
+    /// Place to save contents of cache mounts to after the build, such as an image's name or
+    /// type=local,dest=DIR, with key=KEY, id=ID, max-size=SIZE; may be repeated
+    #[arg(long, value_name = "PLACE")]
+    cache_mount_to: Vec<String>,
     /// Privilege to allow: network.host, network.NAME, security.insecure, device; may be repeated
     #[arg(long)]
     allow: Vec<String>,

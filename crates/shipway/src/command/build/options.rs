@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, io::Cursor, path::Path};
 
+use shipway_cachemounts::Direction;
 use shipway_client::{Definition, Export, Policy, SolveOptions, Target, shared_key};
 use shipway_fault::{Code, Context, Fault, Result, nearest};
 use shipway_gocompat::parse_bool;
@@ -34,6 +35,16 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
             .cache_from
             .iter()
             .map(|text| Ok(spec::amazon(spec::cache(text, "--cache-from", false)?, env)))
+            .collect::<Result<_>>()?,
+        mount_saves: args
+            .cache_mount_to
+            .iter()
+            .map(|text| spec::cache_mounts(text, "--cache-mount-to", Direction::Save, env))
+            .collect::<Result<_>>()?,
+        mount_restores: args
+            .cache_mount_from
+            .iter()
+            .map(|text| spec::cache_mounts(text, "--cache-mount-from", Direction::Restore, env))
             .collect::<Result<_>>()?,
         secrets: spec::secrets(&args.secrets)?,
         ssh: spec::ssh(&args.ssh)?,
@@ -79,6 +90,7 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
         options.frontend_attrs.insert("requestid".to_owned(), call.request());
         options.exports.clear();
         options.cache_exports.clear();
+        options.mount_saves.clear();
     }
     options.shared_key = shared_key(options.dirs.iter());
     options.docker = Some(docker);
