@@ -182,7 +182,7 @@ fn an_empty_machine_has_warm_cache_mounts_out_of_a_registry() {
     let alone = Round::of(&other, "5", &to);
     alone.is("cold");
     assert!(
-        alone.text.contains("was not restored") && alone.text.contains("not saved"),
+        alone.text.contains("not restored") && alone.text.contains("not saved"),
         "{}",
         alone.text
     );

@@ -154,10 +154,20 @@ impl Index {
 
 /// Reads a manifest and checks that it is one of ours.
 pub(crate) fn manifest(bytes: &[u8]) -> Result<Manifest> {
-    let manifest: Manifest = serde_json::from_slice(bytes).map_err(invalid)?;
-    if manifest.artifact_type.as_deref() != Some(ARTIFACT) || manifest.config.media_type != INDEX {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Kind {
+        artifact_type: Option<String>,
+    }
+    // An index has no config, and is refused in the same words.
+    let Kind { artifact_type } = serde_json::from_slice(bytes).map_err(invalid)?;
+    if artifact_type.as_deref() != Some(ARTIFACT) {
         return Err(invalid("there is something else under this name")
             .hint("give cache mounts a repository or a name of their own"));
+    }
+    let manifest: Manifest = serde_json::from_slice(bytes).map_err(invalid)?;
+    if manifest.config.media_type != INDEX {
+        return Err(invalid(format!("its config is of type {:?}", manifest.config.media_type)));
     }
     if manifest.config.size > MAX_DOCUMENT {
         return Err(invalid(format!("its config has more than {MAX_DOCUMENT} bytes")));
@@ -225,8 +235,19 @@ mod tests {
 
     #[test]
     fn what_is_not_ours_is_not_read() {
-        let other = br#"{"schemaVersion":2,"config":{"mediaType":"m","digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":0},"layers":[]}"#;
-        assert!(manifest(other).expect_err("refused").to_string().contains("something else"));
+        let config = r#"{"mediaType":"m","digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":0}"#;
+        for (other, words) in [
+            (format!("\"config\":{config},\"layers\":[]"), "something else"),
+            ("\"manifests\":[]".to_owned(), "something else"),
+            (
+                format!("\"artifactType\":\"{ARTIFACT}\",\"config\":{config},\"layers\":[]"),
+                "of type \"m\"",
+            ),
+        ] {
+            let other = format!("{{\"schemaVersion\":2,{other}}}");
+            let said = manifest(other.as_bytes()).expect_err("it is refused").to_string();
+            assert!(said.contains(words), "{said}");
+        }
         assert!(manifest(b"[").is_err());
         assert!(Index::decode(b"{}").is_err());
     }

@@ -264,7 +264,7 @@ fn warn(reporter: &Reporter, what: &str, fault: &Fault) {
     reporter.warn(WarningUpdate {
         vertex: reporter.digest(),
         level: 1,
-        short: format!("{what} was not restored: {fault}"),
+        short: format!("{what} not restored: {fault}"),
         detail: fault.hints().map(str::to_owned).collect(),
         url: String::new(),
         source: None,
