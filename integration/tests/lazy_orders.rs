@@ -80,6 +80,28 @@ fn what_one_node_learned_another_one_fetches_before_anybody_reads() {
         }
     });
 
+    // What was learned is put in front by a conversion, from where the registry has it.
+    let ordered = format!("{registry}/ordered:1");
+    first.shipway(["convert", "--profile", &image, &image, &ordered]).ok();
+    let (_, root) = first.registry_get("/v2/ordered/manifests/1");
+    let mut root: Value = serde_json::from_slice(&root).unwrap();
+    if let Some(image) = root["manifests"][0]["digest"].as_str() {
+        let (_, bytes) = first.registry_get(&format!("/v2/ordered/manifests/{image}"));
+        root = serde_json::from_slice(&bytes).unwrap();
+    }
+    let layers = root["layers"].as_array().unwrap();
+    let large = layers.iter().max_by_key(|layer| layer["size"].as_u64()).unwrap();
+    let path = first.dir().join("ordered.tar.gz");
+    let (_, blob) =
+        first.registry_get(&format!("/v2/ordered/blobs/{}", large["digest"].as_str().unwrap()));
+    std::fs::write(&path, blob).unwrap();
+    let names = run(Command::new("tar").arg("-tzf").arg(&path)).ok().stdout;
+    let names: Vec<&str> = names.lines().collect();
+    let landmark = names.iter().position(|name| *name == ".prefetch.landmark").unwrap();
+    let files = names[..landmark].iter().filter(|name| !name.ends_with('/'));
+    assert!(files.eq(&READ.map(|n| format!("./data/{n}"))), "{names:?}");
+    assert_eq!(names.iter().filter(|name| name.contains("data/")).count(), FILES + 1);
+
     // Another node, another way to name the registry, and a client that tells nobody which manifest
     // it pulls.
     let second = node("");

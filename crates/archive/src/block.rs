@@ -2,8 +2,8 @@
 
 use crate::{Compression, CompressionKind};
 use libdeflater::{CompressionLvl, Compressor};
+use shipway_estargz::is_hard;
 use shipway_fault::{Fault, Result};
-use std::mem;
 
 /// Bytes of the stream per block. Part of the format of our blobs: changing it changes their
 /// digests.
@@ -11,11 +11,6 @@ pub const BLOCK: usize = 512 * 1024;
 /// A block is judged in pieces of this size: tars mix what shrinks with what does not, at places of
 /// their own.
 const PIECE: usize = 64 * 1024;
-/// Bytes in the middle of a piece that are looked at to see whether it can be compressed at all.
-const SAMPLE: usize = 4 * 1024;
-/// A sample with more strings that occurred before is worth compressing: each saves some two bytes,
-/// and less than 2 % is not worth the time.
-const REPEATS: usize = 40;
 /// What deflate does by default: the fastest level, for blobs are waited for; `compression-level`
 /// asks for more.
 const GZIP_LEVEL: i32 = 1;
@@ -140,16 +135,7 @@ fn judge(piece: &[u8]) -> PieceKind {
     if is_zero(piece) {
         return PieceKind::Zero;
     }
-    if piece.len() < 2 * SAMPLE {
-        return PieceKind::Normal;
-    }
-    let at = (piece.len() - SAMPLE) / 2;
-    let sample = &piece[at..at + SAMPLE];
-    if looks_random(sample) && repeats(sample) <= REPEATS {
-        PieceKind::Hard
-    } else {
-        PieceKind::Normal
-    }
+    if is_hard(piece) { PieceKind::Hard } else { PieceKind::Normal }
 }
 
 fn gzip_level(level: i32) -> Result<CompressionLvl> {
@@ -163,32 +149,6 @@ fn zstd_of(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
     zstd::bulk::Compressor::new(level).map_err(|e| {
         Fault::invalid(format!("compression-level {level} is not a level of zstd: {e}"))
     })
-}
-
-/// Positions of `sample` whose next four bytes, the shortest that deflate and zstd look for, were
-/// there before. Some that were overwritten by others of the same hash are missed.
-fn repeats(sample: &[u8]) -> usize {
-    const BITS: u32 = 12;
-    let mut last = [0u32; 1 << BITS];
-    let strings = sample.windows(4).map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]));
-    strings
-        .filter(|string| {
-            let slot = &mut last[(string.wrapping_mul(0x9e37_79b1) >> (32 - BITS)) as usize];
-            mem::replace(slot, *string) == *string
-        })
-        .count()
-}
-
-/// Whether bytes occur about equally often. What repeats in longer pieces may look so, too.
-fn looks_random(sample: &[u8]) -> bool {
-    let mut counts = [0u32; 256];
-    for byte in sample {
-        counts[usize::from(*byte)] += 1;
-    }
-    let squares: u64 = counts.iter().map(|c| u64::from(*c) * u64::from(*c)).sum();
-    let n = sample.len() as u64;
-    // What is expected of random bytes, and a tenth more.
-    squares * 2560 < (n * 256 + n * n) * 11
 }
 
 fn is_zero(block: &[u8]) -> bool {

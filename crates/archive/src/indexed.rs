@@ -18,6 +18,7 @@ use bytes::{Buf as _, Bytes};
 use libdeflater::Crc;
 use shipway_estargz::{
     Dialect, MAX_ENTRIES, Order, Output, TOC_NAME, TarEntry, TarKind, Time, Writer, WriterOptions,
+    files_in,
 };
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{DiffId, Hasher};
@@ -27,6 +28,7 @@ use std::{
     io::{self, Read},
     mem,
     num::NonZero,
+    ops::Range,
     os::unix::fs::FileExt as _,
     sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread,
@@ -63,11 +65,21 @@ pub(crate) enum FormatFiles {
     LeftOut,
 }
 
+/// Files of a layer in the order in which they are read.
+#[derive(Clone, Copy, Debug)]
+pub enum FirstFiles<'a> {
+    /// By path. Those that the layer has not are passed over.
+    Paths(&'a [Vec<u8>]),
+    /// By pieces of the file of data that a snapshotter has of the layer
+    /// ([`shipway_estargz::files_in`]).
+    Pieces(&'a [Range<u64>]),
+}
+
 /// What of a layer is read first, so that it is to come first.
 #[derive(Debug)]
 pub struct ReadFirst<'a> {
-    /// Paths of files in the order of reading. Those that the layer has not are passed over.
-    pub paths: &'a [Vec<u8>],
+    /// The files.
+    pub files: FirstFiles<'a>,
     /// An empty file for the layer's tar, since what comes first may be at its end.
     pub spool: File,
 }
@@ -86,6 +98,8 @@ fn options(compression: Compression, threads: usize) -> Result<(WriterOptions, D
             level: compression.level,
             chunk_size: chunk.into(),
             min_chunk_size: compression.min_chunk_size.map_or(0, NonZero::get).into(),
+            // Nobody else looks for it.
+            tar_split: dialect == Dialect::Podman,
             threads: NonZero::new(threads.min(most)).unwrap_or(NonZero::<usize>::MIN),
             ..WriterOptions::new(output)
         },
@@ -107,8 +121,9 @@ pub(crate) fn flow(
         let (to_index, blocks) = sync_channel::<Bytes>(QUEUE);
         let (done, results) = sync_channel::<Bytes>(QUEUE);
         let reading = scope.spawn(move || produce(&mut |block| to_index.send(block).is_ok()));
-        let indexing =
-            scope.spawn(move || index(blocks, format_files, first, (options, dialect), done));
+        let tar = known.clone();
+        let indexing = scope
+            .spawn(move || index(blocks, (tar, format_files), first, (options, dialect), done));
         let mut taken = Ok(());
         for bytes in &results {
             taken = sink(bytes);
@@ -126,7 +141,7 @@ pub(crate) fn flow(
             produced => produced?,
         };
         let packed = indexed?;
-        packed.tar.check(known)?;
+        packed.tar.check(known.as_ref())?;
         Ok(Packed { loss, ..packed })
     })
 }
@@ -134,16 +149,20 @@ pub(crate) fn flow(
 /// Writes the layer whose tar comes in `blocks`.
 fn index(
     blocks: Receiver<Bytes>,
-    format_files: FormatFiles,
+    (known, format_files): (Option<Tar>, FormatFiles),
     first: Option<ReadFirst<'_>>,
     (options, dialect): (WriterOptions, Dialect),
     done: SyncSender<Bytes>,
 ) -> Result<Packed> {
     let is_estargz = options.output == Output::Estargz;
-    let mut writer = Writer::new(options, move |bytes: &[u8]| {
+    let sink = move |bytes: &[u8]| {
         let sent = done.send(Bytes::copy_from_slice(bytes));
         sent.map_err(|_| io::Error::other(Fault::cancelled()))
-    })?;
+    };
+    let mut writer = match &known {
+        Some(tar) => Writer::of_known(options, tar.hasher.clone(), sink)?,
+        None => Writer::new(options, sink)?,
+    };
     let input = Input {
         blocks,
         block: Bytes::new(),
@@ -162,9 +181,10 @@ fn index(
     };
     let written = writer.finish().map_err(refused)?;
     let indexed = Indexed { diff_id: written.diff_id, annotations: written.annotations(dialect) };
-    let diff_id = input.hasher.map_or(written.payload_diff_id, |hasher| DiffId(hasher.finish()));
+    let hasher = input.hasher.unwrap_or(written.payload);
+    let diff_id = known.map_or_else(|| DiffId(hasher.clone().finish()), |tar| tar.diff_id);
     Ok(Packed {
-        tar: Tar { diff_id, size: input.size, crc: input.crc.sum() },
+        tar: Tar { diff_id, size: input.size, crc: input.crc.sum(), hasher },
         digest: written.digest,
         size: written.size,
         loss: None,
@@ -199,6 +219,15 @@ fn stream(
         }
         writer.entry(&entry, &headers).map_err(refused)?;
         reader.input().keeps = false;
+        while writer.wants_data() {
+            let room = writer.room(PIECE).map_err(refused)?;
+            let Some(piece) = reader.piece(room).map_err(broken)? else {
+                writer.filled(0).map_err(refused)?;
+                break;
+            };
+            writer.filled(piece.len).map_err(refused)?;
+        }
+        // A file that has more than its header says is refused.
         while let Some(piece) = reader.piece(&mut buffer).map_err(broken)? {
             writer.data(&buffer[..piece.len]).map_err(refused)?;
         }
@@ -263,7 +292,13 @@ fn reorder(
     }
     let mut input = reader.into_input();
     io::copy(&mut input, &mut io::sink()).map_err(broken)?;
-    let order = Order::new(members.iter().map(|member| &member.entry), first.paths);
+    let entries = || members.iter().map(|member| &member.entry);
+    let order = match first.files {
+        FirstFiles::Paths(paths) => Order::new(entries(), paths),
+        FirstFiles::Pieces(pieces) => {
+            Order::new(entries(), &files_in(entries(), pieces.iter().cloned()))
+        }
+    };
     let mut buffer = vec![0; PIECE];
     let mut put = |at: usize, writer: &mut Writer<_>| {
         let Spooled { entry, headers, data, end } = &members[at];

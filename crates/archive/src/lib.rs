@@ -39,7 +39,7 @@ pub mod ustar;
 pub use self::tar::{Member, MemberKind, Piece, TarReader};
 pub use compression::{Compression, CompressionKind};
 pub use identity::Tar;
-pub use indexed::{Indexed, ReadFirst};
+pub use indexed::{FirstFiles, Indexed, ReadFirst};
 pub use inflate::inflate;
 pub use loss::{Loss, LossKind};
 pub use newest::newest_file;

@@ -219,18 +219,18 @@ pub(crate) fn flow(
 
 /// What the tar of these blocks is; an error if it is not the one that was `known`.
 fn hash(blocks: Receiver<Bytes>, known: Option<Tar>) -> Result<Tar> {
-    let mut hasher = known.map_or_else(|| Ok(Hasher::new()), |tar| Err(tar.diff_id));
+    let mut hasher = known.as_ref().map_or_else(Hasher::new, |tar| tar.hasher.clone());
     let (mut crc, mut size) = (Crc::new(), 0);
     for block in blocks {
         size += block.len() as u64;
         crc.update(&block);
-        if let Ok(hasher) = &mut hasher {
+        if known.is_none() {
             hasher.update(&block);
         }
     }
-    let diff_id = hasher.map_or_else(|known| known, |hasher| DiffId(hasher.finish()));
-    let tar = Tar { diff_id, size, crc: crc.sum() };
-    tar.check(known)?;
+    let diff_id = known.as_ref().map_or_else(|| DiffId(hasher.clone().finish()), |tar| tar.diff_id);
+    let tar = Tar { diff_id, size, crc: crc.sum(), hasher };
+    tar.check(known.as_ref())?;
     Ok(tar)
 }
 

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use shipway_archive::{
-    Compression, CompressionKind, LayerTree, Packed, ReadFirst, pack, recompress,
+    Compression, CompressionKind, FirstFiles, LayerTree, Packed, ReadFirst, pack, recompress,
     recompress_in_order, retime, tar_of,
 };
 use shipway_estargz::{
@@ -226,7 +226,7 @@ fn what_is_read_first_comes_first_and_nothing_is_lost() {
                     &mut || Ok(pieces.next()),
                     CompressionKind::Gzip,
                     plain(kind),
-                    ReadFirst { paths, spool },
+                    ReadFirst { files: FirstFiles::Paths(paths), spool },
                     NonZero::new(threads),
                     &mut |bytes| {
                         blob.extend_from_slice(&bytes);
@@ -279,7 +279,7 @@ fn a_layer_that_changed_is_noticed() {
     let tar = tar_of(&tree).unwrap().tar;
     let again =
         |known| pack(&tree, plain(CompressionKind::Estargz), Some(known), None, &mut |_| Ok(()));
-    assert_eq!(again(tar).unwrap().tar, tar);
+    assert_eq!(again(tar.clone()).unwrap().tar, tar);
     fs::write(dir.path().join("f"), "two").unwrap();
     assert!(again(tar).unwrap_err().to_string().contains("not what they were"));
 }

@@ -272,13 +272,11 @@ fn a_known_tar_is_checked_and_not_hashed() {
     let tree = LayerTree::whole(dir.path());
     let tar = tar_of(&tree).unwrap().tar;
     let again = |known| pack(&tree, Compression::default(), Some(known), None, &mut |_| Ok(()));
-    assert_eq!(again(tar).unwrap(), packed(&tree, Compression::default(), 1).1);
+    assert_eq!(again(tar.clone()).unwrap(), packed(&tree, Compression::default(), 1).1);
     // It believes what it is told, as long as the files are the same.
-    let told = shipway_archive::Tar {
-        diff_id: shipway_oci::DiffId(shipway_oci::Digest::of("another")),
-        ..tar
-    };
-    assert_eq!(again(told).unwrap().tar, told);
+    let mut told = tar.clone();
+    told.diff_id = shipway_oci::DiffId(shipway_oci::Digest::of("another"));
+    assert_eq!(again(told.clone()).unwrap().tar, told);
     let hello = dir.path().join("dir/hello");
     let times =
         fs::FileTimes::new().set_modified(fs::metadata(&hello).unwrap().modified().unwrap());

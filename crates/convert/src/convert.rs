@@ -244,7 +244,7 @@ impl Conversion<'_> {
     fn source_kind(&self, layer: &Descriptor) -> Option<CompressionKind> {
         let Packing { compression: Compression { kind, force, .. }, first } = &self.options.packing;
         let found = CompressionKind::of(layer).filter(|_| !media::is_foreign(&layer.media_type))?;
-        (*force || !first.is_empty() || found != *kind).then_some(found)
+        (*force || first.is_some() || found != *kind).then_some(found)
     }
 
     async fn layer(&self, layer: &Descriptor, diff_id: DiffId) -> Result<(Descriptor, DiffId)> {

@@ -16,6 +16,8 @@ mod remote;
 mod stored;
 
 pub use convert::{Converted, Options, convert};
-pub use place::{Bytes, Input, LayerTarget, Packing, Progress, Source, Step, Target, file_stream};
+pub use place::{
+    Bytes, First, Input, LayerTarget, Packing, Progress, Source, Step, Target, file_stream,
+};
 pub use remote::Remote;
 pub use stored::Stored;

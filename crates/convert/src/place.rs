@@ -3,13 +3,13 @@
 use async_trait::async_trait;
 use futures::{StreamExt as _, stream};
 use shipway_archive::{
-    Compression, CompressionKind, Packed, ReadFirst, recompress, recompress_in_order,
+    Compression, CompressionKind, FirstFiles, Packed, ReadFirst, recompress, recompress_in_order,
 };
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_registry::BodyStream;
 use shipway_task::blocking;
-use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc};
+use std::{collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 use tokio::{sync::mpsc, task::AbortHandle};
 
 pub use bytes::Bytes;
@@ -121,9 +121,28 @@ pub trait Target: Send + Sync {
 pub struct Packing {
     /// How they are compressed.
     pub compression: Compression,
-    /// Paths of the image's files in the order in which they are read. With some, what is read
-    /// comes first in each layer, and a landmark behind it.
-    pub first: Arc<[Vec<u8>]>,
+    /// What is read first of the image, if that is known: it comes first in each layer, and a
+    /// landmark behind it.
+    pub first: Option<First>,
+}
+
+/// What is read first of an image.
+#[derive(Clone, Debug)]
+pub enum First {
+    /// Paths of its files in the order in which they are read.
+    Paths(Arc<[Vec<u8>]>),
+    /// By blob, pieces of the file of data that a snapshotter has of the layer, in that order.
+    Pieces(Arc<HashMap<Digest, Vec<Range<u64>>>>),
+}
+
+impl First {
+    /// What is read first of the layer with the blob `layer`.
+    fn of(&self, layer: Digest) -> FirstFiles<'_> {
+        match self {
+            Self::Paths(paths) => FirstFiles::Paths(paths),
+            Self::Pieces(all) => FirstFiles::Pieces(all.get(&layer).map_or(&[], Vec::as_slice)),
+        }
+    }
 }
 
 impl Packing {
@@ -134,19 +153,22 @@ impl Packing {
         from: CompressionKind,
         sink: &mut dyn FnMut(Bytes) -> Result<()>,
     ) -> Result<Packed> {
+        let layer = input.digest;
         let input = &mut || input.next_piece();
-        if self.first.is_empty() || !self.compression.kind.is_indexed() {
+        let first = self.first.as_ref().filter(|_| self.compression.kind.is_indexed());
+        let Some(first) = first else {
             return recompress(input, from, self.compression, None, sink);
-        }
+        };
         let spool =
             tempfile::tempfile().map_err(|e| Fault::io("make a temporary file for a layer", e))?;
-        let first = ReadFirst { paths: &self.first, spool };
+        let first = ReadFirst { files: first.of(layer), spool };
         recompress_in_order(input, from, self.compression, first, None, sink)
     }
 }
 
 /// The bytes of a layer for a thread that packs; reading them ends with this.
 pub struct Input {
+    digest: Digest,
     pieces: mpsc::Receiver<Result<Bytes>>,
     reading: AbortHandle,
 }
@@ -170,7 +192,7 @@ impl Input {
                 }
             }
         });
-        Self { pieces, reading: reading.abort_handle() }
+        Self { digest, pieces, reading: reading.abort_handle() }
     }
 
     /// The next bytes. Blocks: not for async threads.

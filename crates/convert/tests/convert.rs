@@ -7,7 +7,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use shipway_archive::{Compression, CompressionKind, Dialect, LayerTree, pack, recompress};
-use shipway_convert::{Converted, Options, Packing, Source, Step, Stored, convert};
+use shipway_convert::{Converted, First, Options, Packing, Source, Step, Stored, convert};
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, Digest, Index, Manifest, Platform, media};
 use shipway_storage::{GC_FLAT, Labels, LeaseId, Storage, fake::FakeStorage};
@@ -251,7 +251,7 @@ async fn within_one_store_only_what_changes_is_written() {
     assert_eq!(lab.convert(&old, &lab, &forced).await.unwrap().layers, 2);
     // Or to be read in another order, which is told by a landmark.
     let mut first = options(ESTARGZ);
-    first.packing.first = Arc::from([b"/file".to_vec()]);
+    first.packing.first = Some(First::Paths(Arc::from([b"/file".to_vec()])));
     let done = lab.convert(&old, &lab, &first).await.unwrap();
     assert_eq!(done.layers, 2);
     let manifest: Manifest = lab.read(&done.root).await;

@@ -9,8 +9,9 @@
 //!
 //! What containers do not see has no place: landmarks, and files whose name makes them a whiteout.
 
-use crate::{Chunk, Content, EntryId, Kind, Toc};
+use crate::{Chunk, Content, EntryId, Kind, TarEntry, TarKind, Toc, toc};
 use shipway_oci::Digest;
+use std::ops::Range;
 
 /// Files begin at multiples of so many bytes.
 pub const DATA_BLOCK: u64 = 4096;
@@ -84,6 +85,11 @@ impl Record {
     }
 }
 
+/// Whether a file of this name stands for something missing below.
+fn is_whiteout(path: &[u8]) -> bool {
+    path.rsplit(|b| *b == b'/').next().unwrap_or_default().starts_with(WHITEOUT)
+}
+
 /// Where files go in the file of data, one after the other: all files that are not landmarks, in the
 /// order of the archive.
 #[derive(Clone, Copy, Debug, Default)]
@@ -95,8 +101,7 @@ impl DataPlaces {
     /// Where the data of the next file begins; `None` if it has none there, because it is empty or
     /// because its name makes it a whiteout.
     pub fn next(&mut self, path: &[u8], size: u64) -> Option<u64> {
-        let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
-        if size == 0 || name.starts_with(WHITEOUT) {
+        if size == 0 || is_whiteout(path) {
             return None;
         }
         let start = self.end.checked_next_multiple_of(DATA_BLOCK)?;
@@ -108,6 +113,35 @@ impl DataPlaces {
     pub fn end(&self) -> u64 {
         self.end
     }
+}
+
+/// The files of a tar that have something in these `pieces` of the file of data, ranges of blocks
+/// of [`DATA_BLOCK`] bytes, in their order and each once: where the tar's files go there is as
+/// [`Toc::data_starts`] says for its table of contents.
+pub fn files_in<'a>(
+    entries: impl IntoIterator<Item = &'a TarEntry>,
+    pieces: impl IntoIterator<Item = Range<u64>>,
+) -> Vec<Vec<u8>> {
+    // In the order of the file of data: where each begins and ends, in blocks.
+    let (mut files, mut places) = (Vec::new(), DataPlaces::default());
+    for entry in entries {
+        let TarKind::File(size @ 1..) = entry.kind else { continue };
+        let mut path = Vec::new();
+        if entry.is_of_format() || toc::clean(&entry.path, &mut path).is_err() {
+            continue;
+        }
+        let Some(start) = places.next(&path, size) else { continue };
+        let blocks = start / DATA_BLOCK..places.end().div_ceil(DATA_BLOCK);
+        files.push((blocks, Some(path)));
+    }
+    let mut found = Vec::new();
+    for piece in pieces {
+        let start = files.partition_point(|(blocks, _)| blocks.end <= piece.start);
+        let rest = files.get_mut(start..).unwrap_or_default();
+        let within = rest.iter_mut().take_while(|(blocks, _)| blocks.start < piece.end);
+        found.extend(within.filter_map(|(_, path)| path.take()));
+    }
+    found
 }
 
 impl Toc {
@@ -133,5 +167,46 @@ impl Toc {
             };
             chunks.iter().map(move |chunk| Record::new(chunk, start))
         })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)]
+mod tests {
+    use super::*;
+    use crate::Time;
+
+    #[test]
+    fn pieces_of_data_are_those_of_files() {
+        let entry = |path: &str, kind| TarEntry {
+            path: path.into(),
+            kind,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            mtime: Time::default(),
+            xattrs: Vec::new(),
+        };
+        let file = TarKind::File;
+        let entries = [
+            entry("dir/", TarKind::Directory),
+            entry(".prefetch.landmark", file(1)),
+            entry("dir/one", file(1)),
+            entry("dir/empty", file(0)),
+            entry("dir/.wh.gone", file(9)),
+            entry("./two", file(4097)),
+            entry("link", TarKind::HardLink(b"two".to_vec())),
+            entry("three", file(4096)),
+            entry("stargz.index.json", file(50_000)),
+        ];
+        for (pieces, want) in [
+            (&[3..4, 0..1][..], &["three", "dir/one"][..]),
+            (&[2..3, 0..9], &["two", "dir/one", "three"]),
+            (&[4..u64::MAX, 1..1], &[]),
+            (&[0..2], &["dir/one", "two"]),
+        ] {
+            let found = files_in(&entries, pieces.iter().cloned());
+            assert_eq!(found, want.iter().map(|p| p.as_bytes().to_vec()).collect::<Vec<_>>());
+        }
     }
 }

@@ -52,7 +52,7 @@ pub use footer::{
     ESTARGZ_FOOTER, EXTERNAL_FOOTER, LONGEST_FOOTER, Layout, MAX_COMPRESSED_TOC, MAX_TOC,
     STARGZ_FOOTER, Tail, ZSTD_FOOTER, ZSTD_FOOTER_TAR_SPLIT,
 };
-pub use index::{DATA_BLOCK, DataPlaces, Record};
+pub use index::{DATA_BLOCK, DataPlaces, Record, files_in};
 pub use of_tar::{TocMaker, TocPiece};
 pub use tar::{TarEntry, TarKind};
 pub use toc::{
@@ -60,7 +60,7 @@ pub use toc::{
     MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_PATH, MAX_STRING, MAX_XATTR,
     MAX_XATTRS, NO_PREFETCH_LANDMARK, Node, PREFETCH_LANDMARK, TOC_NAME, Time, Toc,
 };
-pub use write::{Dialect, Order, Output, Writer, WriterOptions, Written};
+pub use write::{Dialect, Order, Output, Writer, WriterOptions, Written, is_hard};
 
 /// Results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

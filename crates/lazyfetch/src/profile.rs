@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, stream};
 use shipway_fault::{Class, Code, Fault};
 use shipway_oci::{Descriptor, Digest, ImageName, Manifest, media};
-use shipway_registry::{Mode, Registry};
+use shipway_registry::{Mode, Registry, Repository};
 use std::{
     collections::HashMap,
     fmt::Write as _,
@@ -249,7 +249,11 @@ impl Profile {
         subject: Digest,
         credentials: &dyn Credentials,
     ) -> Result<Option<Self>, Fault> {
-        let repository = registry.repository(image, credentials.of(image), Mode::Pull);
+        Self::beside(&registry.repository(image, credentials.of(image), Mode::Pull), subject).await
+    }
+
+    /// [`Profile::find`] in `repository`.
+    pub async fn beside(repository: &Repository, subject: Digest) -> Result<Option<Self>, Fault> {
         let mut found = repository.referrers(subject).await?;
         found.retain(|d| d.artifact_type.as_deref() == Some(ARTIFACT));
         found.sort_by_key(|d| std::cmp::Reverse(d.annotations.get(CREATED).cloned()));

@@ -39,6 +39,12 @@ impl DigestError {
 #[derive(Clone)]
 pub struct Hasher(Context);
 
+impl fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hasher")
+    }
+}
+
 impl Default for Hasher {
     fn default() -> Self {
         Self(Context::new(&SHA256))

@@ -120,7 +120,7 @@ fn stacked(records: &Records, below: Option<&Record>, layer: &Hashed, meta: Reco
             records.own_layer(layer.tar.diff_id, under, exact::own_name())
         }
     };
-    let _ = stacked.tar.set(layer.tar);
+    let _ = stacked.tar.set(layer.tar.clone());
     stacked.new.store(true, Ordering::Relaxed);
     let layers =
         below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([stacked]).collect();

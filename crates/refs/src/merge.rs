@@ -85,7 +85,7 @@ fn moved(
     let stacked = records.stacked_layer(original.diff_id, below);
     if !Arc::ptr_eq(&stacked, original) {
         if let Some(tar) = original.tar.get() {
-            let _ = stacked.tar.set(*tar);
+            let _ = stacked.tar.set(tar.clone());
         }
         for blob in original.blobs() {
             stacked.know(blob);

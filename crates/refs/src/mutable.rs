@@ -170,7 +170,7 @@ async fn commit(
         None => None,
     };
     let layer = match &blob {
-        Some(blob) => Hashed { tar: blob.tar, loss: blob.loss.clone() },
+        Some(blob) => Hashed { tar: blob.tar.clone(), loss: blob.loss.clone() },
         None => hash(records, &mounts, over).await?,
     };
     let (records, background) = (records.clone(), records.backend.background.clone());

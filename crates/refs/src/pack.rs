@@ -27,7 +27,7 @@ impl Records {
             None => own(),
         };
         let (tree, guard) = self.layer_tree(&name, parent).await?;
-        let known = stacked.tar.get().copied();
+        let known = stacked.tar.get().cloned();
         let work = move |sink: Sink<'_>| {
             let packed = shipway_archive::pack(&tree, compression, known, None, sink);
             drop(guard);

@@ -9,10 +9,12 @@
 
 mod order;
 mod pool;
+mod sample;
 mod tarsplit;
 mod toc;
 
 pub use order::Order;
+pub use sample::is_hard;
 
 use crate::{
     Annotated, Codec, Error, Expected, Layout, MAX_CHUNK, Result, TarEntry, TarKind, Toc,
@@ -22,9 +24,9 @@ use crate::{
     tar::{BLOCK, own_header, padding},
     toc::{NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME, Time},
 };
-use pool::{Compressor, Job, Pool};
+use pool::{Batch, Compressor, Pool};
 use shipway_oci::{DiffId, Digest, Hasher};
-use std::{collections::BTreeMap, io, num::NonZero, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, io, num::NonZero, ops::Range};
 use tarsplit::TarSplit;
 use toc::{ChunkRow, Row};
 
@@ -32,6 +34,8 @@ use toc::{ChunkRow, Row};
 const CHUNK: u64 = 4 << 20;
 /// A run of headers is cut after so many bytes.
 const HEADERS: usize = 4 << 20;
+/// Members and frames are handed to the threads that compress when they have so many bytes.
+const BATCH: usize = 512 << 10;
 /// What is in a landmark.
 const LANDMARK: &[u8] = &[0x0f];
 
@@ -100,8 +104,9 @@ pub struct Written {
     pub diff_id: DiffId,
     /// Length of that tar.
     pub tar_size: u64,
-    /// Digest of the tar without the table of contents: the one that was given, and landmarks.
-    pub payload_diff_id: DiffId,
+    /// The hash of the tar without the table of contents: the one that was given, and landmarks.
+    /// What follows that tar can be added to it.
+    pub payload: Hasher,
     /// Digest of the blob.
     pub digest: Digest,
     /// Length of the blob.
@@ -171,14 +176,63 @@ pub struct Writer<S> {
     pool: Pool,
     out: Out<S>,
     rows: Vec<Row>,
-    /// Bytes of the tar that begin the next member or frame.
-    unit: Vec<u8>,
-    /// Chunks in it: their row, and where they are.
-    unit_chunks: Vec<(ChunkPlace, Range<usize>)>,
-    /// Number of that unit.
-    unit_number: usize,
+    units: Units,
+    /// The hash of the tar, if it was taken before.
+    known: Option<Hasher>,
     file: Option<Current>,
     tar_split: Option<TarSplit>,
+}
+
+/// The members or frames that are being filled.
+#[derive(Default)]
+struct Units {
+    batch: Batch,
+    /// Where the open one begins in the batch.
+    start: usize,
+    /// Number of the open one.
+    number: usize,
+}
+
+impl Units {
+    /// Bytes of the tar in the open one.
+    fn len(&self) -> usize {
+        self.batch.bytes().len() - self.start
+    }
+
+    /// Ends the open one, and hands all to the threads if that is enough.
+    fn flush<S: FnMut(&[u8]) -> io::Result<()>>(
+        &mut self,
+        pool: &mut Pool,
+        out: &mut Out<S>,
+        rows: &mut [Row],
+    ) -> Result<()> {
+        if self.len() == 0 {
+            return Ok(());
+        }
+        self.number += 1;
+        self.start = self.batch.bytes().len();
+        self.batch.units.push(self.start);
+        if self.start < BATCH { Ok(()) } else { self.submit(pool, out, rows) }
+    }
+
+    /// Hands all that were ended to the threads, and writes what they have done if enough is on its
+    /// way.
+    fn submit<S: FnMut(&[u8]) -> io::Result<()>>(
+        &mut self,
+        pool: &mut Pool,
+        out: &mut Out<S>,
+        rows: &mut [Row],
+    ) -> Result<()> {
+        if self.batch.units.is_empty() {
+            return Ok(());
+        }
+        while pool.is_full() {
+            receive(pool, out, rows)?;
+        }
+        self.start = 0;
+        let empty = pool.batch();
+        pool.submit(std::mem::replace(&mut self.batch, empty))
+    }
 }
 
 /// A chunk of an entry.
@@ -192,12 +246,20 @@ pub(crate) struct ChunkPlace {
 struct Current {
     row: usize,
     size: u64,
+    /// Bytes of finished chunks.
     have: u64,
     /// Bytes of the open chunk, and where it begins in the unit.
     chunk: u64,
     start: usize,
     /// Of all data, if there will be several chunks.
     whole: Option<Hasher>,
+}
+
+impl Current {
+    /// Bytes that the open chunk will have.
+    fn chunk_size(&self, options: &WriterOptions) -> u64 {
+        options.chunk_size.min(self.size - self.have)
+    }
 }
 
 /// The blob as far as it is written.
@@ -220,6 +282,16 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Out<S> {
 impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     /// A writer of a blob whose bytes go to `sink` in order.
     pub fn new(options: WriterOptions, sink: S) -> Result<Self> {
+        Self::make(options, None, sink)
+    }
+
+    /// The same for a tar whose hash was taken before, and which stays as it is: it is not taken
+    /// again.
+    pub fn of_known(options: WriterOptions, tar: Hasher, sink: S) -> Result<Self> {
+        Self::make(options, Some(tar), sink)
+    }
+
+    fn make(options: WriterOptions, known: Option<Hasher>, sink: S) -> Result<Self> {
         if options.chunk_size == 0 || options.chunk_size > MAX_CHUNK {
             return Err(Error::TooLarge {
                 what: "a chunk",
@@ -234,22 +306,13 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
                 limit: MAX_CHUNK,
             });
         }
-        let pool = Pool::new(options.output.codec(), options.level, options.threads)?;
+        let (codec, level) = (options.output.codec(), options.level);
+        let pool = Pool::new(codec, level, options.threads, known.is_none())?;
         let tar_split =
             (options.output == Output::ZstdChunked && options.tar_split).then(TarSplit::new);
         let out = Out { sink, hasher: Hasher::new(), size: 0, units: Vec::new() };
         let rows = Vec::new();
-        Ok(Self {
-            options,
-            pool,
-            out,
-            rows,
-            unit: Vec::new(),
-            unit_chunks: Vec::new(),
-            unit_number: 0,
-            file: None,
-            tar_split,
-        })
+        Ok(Self { options, pool, out, rows, units: Units::default(), known, file: None, tar_split })
     }
 
     /// The next entry; `header` is all bytes of the tar from the end of the last one's data to the
@@ -313,13 +376,13 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     }
 
     fn header(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.unit.len() >= HEADERS {
+        if self.units.len() >= HEADERS {
             self.flush()?;
         }
         if let Some(split) = &mut self.tar_split {
             split.segment(bytes);
         }
-        self.unit.extend_from_slice(bytes);
+        self.units.batch.push(bytes);
         Ok(())
     }
 
@@ -335,81 +398,87 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     /// Data of the last entry, in order.
     pub fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            let Some(file) = &mut self.file else {
-                return Err(Error::Io(io::Error::other(
-                    "a layer's file has more data than its header says",
-                )));
-            };
-            if file.chunk == 0 {
-                // The landmark has flushed already.
-                if self.unit.len() as u64 >= self.options.min_chunk_size && !self.unit.is_empty() {
-                    flush(
-                        &mut self.pool,
-                        &mut self.out,
-                        &mut self.rows,
-                        &mut self.unit,
-                        &mut self.unit_chunks,
-                        &mut self.unit_number,
-                    )?;
-                }
-                file.start = self.unit.len();
-                let size = self.options.chunk_size.min(file.size - file.have);
-                self.unit.reserve(size as usize);
-            }
-            let size = self.options.chunk_size.min(file.size - (file.have - file.chunk));
-            let (now, later) = bytes.split_at(
-                bytes.len().min(usize::try_from(size - file.chunk).unwrap_or(usize::MAX)),
-            );
-            self.unit.extend_from_slice(now);
-            if let Some(whole) = &mut file.whole {
-                whole.update(now);
-            }
-            if let Some(split) = &mut self.tar_split {
-                split.data(now);
-            }
-            file.chunk += now.len() as u64;
-            file.have += now.len() as u64;
+            let room = self.room(bytes.len())?;
+            let (now, later) = bytes.split_at(room.len());
+            room.copy_from_slice(now);
+            self.filled(now.len())?;
             bytes = later;
-            if file.chunk == size {
-                let row = &mut self.rows[file.row];
-                let place = ChunkPlace { row: file.row, chunk: row.chunks.len() };
-                row.chunks.push(ChunkRow {
-                    unit: self.unit_number,
-                    inner: file.start as u64,
-                    file_offset: file.have - size,
-                    size,
-                    digest: None,
-                });
-                self.unit_chunks.push((place, file.start..self.unit.len()));
-                file.chunk = 0;
-                if file.have == file.size {
-                    row.digest = file.whole.take().map(Hasher::finish);
-                    self.file = None;
-                    if let Some(split) = &mut self.tar_split {
-                        split.end();
-                    }
-                    // A frame holds the chunk and nothing else.
-                    if self.options.output == Output::ZstdChunked
-                        && self.options.min_chunk_size == 0
-                    {
-                        self.flush()?;
-                    }
-                }
+        }
+        Ok(())
+    }
+
+    /// Whether data of the last entry is still to come.
+    pub fn wants_data(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// Room for the next data of the last entry, at most `most` bytes and as far as its chunk goes,
+    /// so that it can be read into its place; [`Writer::filled`] says how much was.
+    pub fn room(&mut self, most: usize) -> Result<&mut [u8]> {
+        let Some(file) = &mut self.file else {
+            return Err(Error::Io(io::Error::other(
+                "a layer's file has more data than its header says",
+            )));
+        };
+        if file.chunk == 0 {
+            // The landmark has flushed already.
+            if self.units.len() as u64 >= self.options.min_chunk_size {
+                self.units.flush(&mut self.pool, &mut self.out, &mut self.rows)?;
             }
+            file.start = self.units.len();
+        }
+        let left = file.chunk_size(&self.options) - file.chunk;
+        Ok(self.units.batch.room(most.min(usize::try_from(left).unwrap_or(usize::MAX))))
+    }
+
+    /// The first `n` bytes of the room are data, the rest of it is given back.
+    pub fn filled(&mut self, n: usize) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let batch = &mut self.units.batch;
+        let start = batch.bytes().len();
+        batch.filled(n);
+        let data = &batch.bytes()[start..];
+        if let Some(whole) = &mut file.whole {
+            whole.update(data);
+        }
+        if let Some(split) = &mut self.tar_split {
+            split.data(data);
+        }
+        let size = file.chunk_size(&self.options);
+        file.chunk += data.len() as u64;
+        if file.chunk < size {
+            return Ok(());
+        }
+        let row = &mut self.rows[file.row];
+        let place = ChunkPlace { row: file.row, chunk: row.chunks.len() };
+        row.chunks.push(ChunkRow {
+            unit: self.units.number,
+            inner: file.start as u64,
+            file_offset: file.have,
+            size,
+            digest: None,
+        });
+        batch.chunks.push((place, self.units.start + file.start..batch.bytes().len()));
+        file.have += size;
+        file.chunk = 0;
+        if file.have < file.size {
+            return Ok(());
+        }
+        row.digest = file.whole.take().map(Hasher::finish);
+        self.file = None;
+        if let Some(split) = &mut self.tar_split {
+            split.end();
+        }
+        // A frame holds the chunk and nothing else.
+        if self.options.output == Output::ZstdChunked && self.options.min_chunk_size == 0 {
+            self.flush()?;
         }
         Ok(())
     }
 
     /// Ends the current member or frame.
     fn flush(&mut self) -> Result<()> {
-        flush(
-            &mut self.pool,
-            &mut self.out,
-            &mut self.rows,
-            &mut self.unit,
-            &mut self.unit_chunks,
-            &mut self.unit_number,
-        )
+        self.units.flush(&mut self.pool, &mut self.out, &mut self.rows)
     }
 
     /// Writes what is left, the table of contents and the footer.
@@ -418,13 +487,15 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     pub fn finish(mut self) -> Result<Written> {
         self.check_complete()?;
         self.flush()?;
+        self.units.submit(&mut self.pool, &mut self.out, &mut self.rows)?;
         while self.pool.has_work() {
             receive(&mut self.pool, &mut self.out, &mut self.rows)?;
         }
         let payload_end = self.out.size;
         self.out.units.push(payload_end);
-        let (mut tar, mut tar_size) = self.pool.finish()?;
-        let payload_diff_id = DiffId(tar.clone().finish());
+        let (hashed, mut tar_size) = self.pool.finish()?;
+        let payload = hashed.or(self.known.take()).unwrap_or_default();
+        let mut tar = payload.clone();
         let codec = self.options.output.codec();
         let mut compressor = Compressor::new(codec, self.options.level)?;
         let split = self.tar_split.take().map(|split| split.finish(&mut compressor)).transpose()?;
@@ -499,36 +570,8 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
         Toc::read(&compressed, &layout, &expected)?;
         let diff_id = DiffId(tar.finish());
         let (digest, size) = (self.out.hasher.finish(), self.out.size);
-        Ok(Written {
-            diff_id,
-            tar_size,
-            payload_diff_id,
-            digest,
-            size,
-            toc_digest,
-            external_toc,
-            zstd,
-        })
+        Ok(Written { diff_id, tar_size, payload, digest, size, toc_digest, external_toc, zstd })
     }
-}
-
-/// Hands the unit to the threads, and writes what they have done if enough is on its way.
-fn flush<S: FnMut(&[u8]) -> io::Result<()>>(
-    pool: &mut Pool,
-    out: &mut Out<S>,
-    rows: &mut [Row],
-    unit: &mut Vec<u8>,
-    chunks: &mut Vec<(ChunkPlace, Range<usize>)>,
-    number: &mut usize,
-) -> Result<()> {
-    if unit.is_empty() {
-        return Ok(());
-    }
-    while pool.is_full() {
-        receive(pool, out, rows)?;
-    }
-    *number += 1;
-    pool.submit(Job { bytes: Arc::new(std::mem::take(unit)), chunks: std::mem::take(chunks) })
 }
 
 /// Takes one result, and writes those whose turn it is.
@@ -537,12 +580,13 @@ fn receive<S: FnMut(&[u8]) -> io::Result<()>>(
     out: &mut Out<S>,
     rows: &mut [Row],
 ) -> Result<()> {
-    for done in pool.receive()? {
-        out.units.push(out.size);
+    for mut done in pool.receive()? {
+        out.units.extend(done.units.iter().map(|start| out.size + *start as u64));
         out.put(&done.compressed)?;
-        for (place, digest) in done.digests {
+        for (place, digest) in done.digests.drain(..) {
             rows[place.row].chunks[place.chunk].digest = Some(digest);
         }
+        pool.recycle(done);
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The threads that compress: jobs go to whichever is free, results come back in order.
 
-use super::ChunkPlace;
+use super::{ChunkPlace, sample::is_hard};
 use crate::{Codec, Error, Result};
 use libdeflater::CompressionLvl;
 use parking_lot::Mutex;
@@ -20,35 +20,82 @@ use std::{
 /// What gzip does where the options say nothing, the same as for ordinary layers: blobs are waited
 /// for.
 const GZIP_LEVEL: i32 = 1;
-/// Longer members are sampled before they are compressed, in so many places, with so many bytes
-/// each.
-const SAMPLED: usize = 256 << 10;
+/// Longer members are looked at in so many places before they are compressed.
+const SAMPLED: usize = 64 << 10;
 const SAMPLES: usize = 4;
-const SAMPLE: usize = 4 << 10;
 /// zstd's own default.
 const ZSTD_LEVEL: i32 = 3;
 
-/// A member or frame to be.
-pub struct Job {
-    pub bytes: Arc<Vec<u8>>,
+/// Members or frames to be, one after another: to hand over each by itself would cost as much as
+/// compressing it, for most files are small.
+#[derive(Default)]
+pub struct Batch {
+    /// The bytes and room for more.
+    buffer: Vec<u8>,
+    /// How many there are.
+    len: usize,
+    /// Where each member or frame ends in the bytes.
+    pub units: Vec<usize>,
     /// Chunks whose digests are wanted.
     pub chunks: Vec<(ChunkPlace, Range<usize>)>,
 }
 
-/// A finished member or frame.
+impl Batch {
+    /// An empty one with the memory of another.
+    fn emptied(mut self) -> Self {
+        self.len = 0;
+        self.units.clear();
+        self.chunks.clear();
+        self
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[..self.len]
+    }
+
+    /// Adds bytes.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+        self.filled(bytes.len());
+    }
+
+    /// Room for `n` bytes.
+    pub fn room(&mut self, n: usize) -> &mut [u8] {
+        let end = self.len + n;
+        if self.buffer.len() < end {
+            self.buffer.resize(end.max(2 * self.buffer.len()), 0);
+        }
+        &mut self.buffer[self.len..end]
+    }
+
+    /// The next `n` bytes of the room are some now.
+    pub fn filled(&mut self, n: usize) {
+        self.len = self.buffer.len().min(self.len + n);
+    }
+}
+
+/// Finished members or frames.
 pub struct Done {
     pub compressed: Vec<u8>,
+    /// Where each begins.
+    pub units: Vec<usize>,
     pub digests: Vec<(ChunkPlace, Digest)>,
+    batch: Arc<Batch>,
 }
 
 pub struct Pool {
-    jobs: Option<SyncSender<(usize, Job)>>,
-    /// All bytes, to be hashed.
-    tar: Option<SyncSender<Arc<Vec<u8>>>>,
+    jobs: Option<SyncSender<(usize, Arc<Batch>)>>,
+    /// All bytes, if they are to be hashed.
+    tar: Option<SyncSender<Arc<Batch>>>,
+    /// Number of all bytes.
+    size: u64,
+    /// Batches that were compressed, to be filled again.
+    spare: Vec<Batch>,
     results: Receiver<(usize, Result<Done>)>,
     early: BTreeMap<usize, Done>,
     workers: Vec<JoinHandle<()>>,
-    hashing: Option<JoinHandle<(Hasher, u64)>>,
+    hashing: Option<JoinHandle<Hasher>>,
     /// Jobs that were given, and results that went out in order.
     given: usize,
     taken: usize,
@@ -56,11 +103,16 @@ pub struct Pool {
 }
 
 impl Pool {
-    pub fn new(codec: Codec, level: Option<i32>, threads: NonZero<usize>) -> Result<Self> {
+    pub fn new(
+        codec: Codec,
+        level: Option<i32>,
+        threads: NonZero<usize>,
+        hashes: bool,
+    ) -> Result<Self> {
         let most = threads.get() * 2;
         let (jobs, work) = sync_channel(most);
         let (done, results) = channel();
-        let (tar, bytes) = sync_channel::<Arc<Vec<u8>>>(most);
+        let (tar, bytes) = sync_channel::<Arc<Batch>>(most);
         let work = Arc::new(Mutex::new(work));
         let mut workers = Vec::new();
         for _ in 0..threads.get() {
@@ -70,16 +122,19 @@ impl Pool {
             workers.push(thread::Builder::new().name("estargz".into()).spawn(worker)?);
         }
         let hash = move || {
-            bytes.iter().fold((Hasher::new(), 0), |(mut hasher, size), bytes| {
-                hasher.update(&*bytes);
-                (hasher, size + bytes.len() as u64)
+            bytes.iter().fold(Hasher::new(), |mut hasher, batch: Arc<Batch>| {
+                hasher.update(batch.bytes());
+                hasher
             })
         };
-        let hashing = Some(thread::Builder::new().name("estargz-tar".into()).spawn(hash)?);
-        let (jobs, tar) = (Some(jobs), Some(tar));
+        let thread = thread::Builder::new().name("estargz-tar".into());
+        let hashing = hashes.then(|| thread.spawn(hash)).transpose()?;
+        let (jobs, tar) = (Some(jobs), hashes.then_some(tar));
         Ok(Self {
             jobs,
             tar,
+            size: 0,
+            spare: Vec::new(),
             results,
             early: BTreeMap::new(),
             workers,
@@ -99,9 +154,16 @@ impl Pool {
         self.given > self.taken
     }
 
-    pub fn submit(&mut self, job: Job) -> Result<()> {
-        let hashed = self.tar.as_ref().is_some_and(|tar| tar.send(job.bytes.clone()).is_ok());
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send((self.given, job)).is_ok());
+    /// An empty batch.
+    pub fn batch(&mut self) -> Batch {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    pub fn submit(&mut self, batch: Batch) -> Result<()> {
+        let batch = Arc::new(batch);
+        self.size += batch.len as u64;
+        let hashed = self.tar.as_ref().is_none_or(|tar| tar.send(batch.clone()).is_ok());
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send((self.given, batch)).is_ok());
         self.given += 1;
         if hashed && sent { Ok(()) } else { Err(died()) }
     }
@@ -118,10 +180,22 @@ impl Pool {
         Ok(next)
     }
 
-    /// The hash of all bytes and their number.
-    pub fn finish(&mut self) -> Result<(Hasher, u64)> {
+    /// Takes back what is done with.
+    pub fn recycle(&mut self, done: Done) {
+        // Where the tar is hashed later than compressed it is the last holder's to drop.
+        if let Ok(batch) = Arc::try_unwrap(done.batch)
+            && self.spare.len() < self.most
+        {
+            self.spare.push(batch.emptied());
+        }
+    }
+
+    /// The hash of all bytes, if it was wanted, and their number.
+    pub fn finish(&mut self) -> Result<(Option<Hasher>, u64)> {
         self.tar = None;
-        self.hashing.take().and_then(|hashing| hashing.join().ok()).ok_or_else(died)
+        let hashing = self.hashing.take();
+        let hasher = hashing.map(|hashing| hashing.join().map_err(|_| died())).transpose()?;
+        Ok((hasher, self.size))
     }
 }
 
@@ -141,24 +215,32 @@ fn died() -> Error {
 
 fn run(
     compressor: &mut Compressor,
-    work: &Mutex<Receiver<(usize, Job)>>,
+    work: &Mutex<Receiver<(usize, Arc<Batch>)>>,
     done: &Sender<(usize, Result<Done>)>,
 ) {
     loop {
         let job = work.lock().recv();
-        let Ok((number, job)) = job else { return };
-        let digests = job
-            .chunks
-            .iter()
-            .map(|(place, range)| (*place, Digest::of(&job.bytes[range.clone()])))
-            .collect();
-        let compressed = compressor
-            .compress(&job.bytes)
-            .map(|bytes| Done { compressed: bytes.to_vec(), digests });
-        if done.send((number, compressed)).is_err() {
+        let Ok((number, batch)) = job else { return };
+        if done.send((number, compressed(compressor, batch))).is_err() {
             return;
         }
     }
+}
+
+fn compressed(compressor: &mut Compressor, batch: Arc<Batch>) -> Result<Done> {
+    let digest = |(place, range): &(ChunkPlace, Range<usize>)| {
+        (*place, Digest::of(&batch.bytes()[range.clone()]))
+    };
+    let digests = batch.chunks.iter().map(digest).collect();
+    let mut compressed = Vec::with_capacity(batch.len / 2);
+    let mut units = Vec::with_capacity(batch.units.len());
+    let mut start = 0;
+    for end in &batch.units {
+        units.push(compressed.len());
+        compressed.extend_from_slice(compressor.compress(&batch.bytes()[start..*end])?);
+        start = *end;
+    }
+    Ok(Done { compressed, units, digests, batch })
 }
 
 /// Compresses members or frames one by one, without memory between them that could reach the
@@ -207,7 +289,7 @@ impl Compressor {
         }
         let n = match &mut self.codec {
             Algorithm::Gzip { normal, stored } => {
-                let gzip = if shrinks(normal, bytes, &mut self.scratch)? { normal } else { stored };
+                let gzip = if shrinks(bytes) { normal } else { stored };
                 gzip.gzip_compress(bytes, &mut self.scratch).map_err(io::Error::other)?
             }
             Algorithm::Zstd(zstd) => zstd.compress_to_buffer(bytes, &mut self.scratch)?,
@@ -216,16 +298,9 @@ impl Compressor {
     }
 }
 
-/// Whether deflate is worth its time, by samples of `bytes`: to try what does not shrink takes
-/// longest. zstd finds that out by itself.
-fn shrinks(gzip: &mut libdeflater::Compressor, bytes: &[u8], scratch: &mut [u8]) -> Result<bool> {
-    if bytes.len() < SAMPLED {
-        return Ok(true);
-    }
-    let mut sum = 0;
-    for n in 0..SAMPLES {
-        let at = (bytes.len() - SAMPLE) / SAMPLES * n;
-        sum += gzip.deflate_compress(&bytes[at..at + SAMPLE], scratch).map_err(io::Error::other)?;
-    }
-    Ok(sum < SAMPLE * SAMPLES / 100 * 98)
+/// Whether deflate is worth its time: to try what does not shrink takes longest. zstd finds that
+/// out by itself.
+fn shrinks(bytes: &[u8]) -> bool {
+    let part = bytes.len() / SAMPLES;
+    part < SAMPLED / SAMPLES || bytes.chunks_exact(part).any(|part| !is_hard(part))
 }

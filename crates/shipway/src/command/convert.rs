@@ -1,9 +1,10 @@
 //! `convert`: the same image with layers that can be pulled lazily.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{IsTerminal as _, Read as _},
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,20 +12,23 @@ use std::{
 use parking_lot::Mutex;
 use shipway_archive::Compression;
 use shipway_convert::{
-    LayerTarget, Options, Packing, Progress, Remote, Source, Step, Stored, convert,
+    First, LayerTarget, Options, Packing, Progress, Remote, Source, Step, Stored, convert,
 };
 use shipway_fault::{Fault, Result};
-use shipway_oci::{ImageName, Platform};
+use shipway_lazyfetch::Profile;
+use shipway_oci::{Digest, ImageName, Index, Platform, media};
 use shipway_registry::Mode;
 
 use crate::{
     output,
-    places::{RegistryArgs, StoreArgs},
+    places::{Registries, RegistryArgs, StoreArgs},
     size,
 };
 
 /// Most bytes of a list of paths.
 const MAX_LIST: u64 = 64 << 20;
+/// Most platforms of an image whose profiles are looked for.
+const MAX_PLATFORMS: usize = 64;
 
 /// Write an image again with layers that can be pulled lazily
 ///
@@ -56,8 +60,12 @@ pub(crate) struct Args {
     force_compression: bool,
     /// File with paths in the image, one a line, in the order in which its program reads them:
     /// they come first in their layers and are fetched at once
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "profile")]
     read_first: Option<PathBuf>,
+    /// What a snapshotter learned of SRC, instead: a file of its directory `profiles`, or the name
+    /// of the image in the registry where it was put (with `push_profiles`)
+    #[arg(long, value_name = "FILE|IMAGE")]
+    profile: Option<String>,
     /// Platforms that the new image has, instead of all
     #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
     platform: Vec<Platform>,
@@ -117,15 +125,22 @@ pub(crate) async fn run(args: Args) -> Result<()> {
             Arc::new(Stored::new(args.store.connect().await?, name.to_owned()))
         }
     };
-    let first = args.read_first.as_deref().map(read_first).transpose()?.unwrap_or_default();
-    if !first.is_empty() && !compression.kind.is_indexed() {
+    let first = match (&args.read_first, &args.profile) {
+        (Some(path), _) => {
+            let paths = read_first(path)?;
+            (!paths.is_empty()).then(|| ("--read-first", First::Paths(paths.into())))
+        }
+        (None, Some(profile)) => Some(("--profile", learned(profile, &registries).await?)),
+        (None, None) => None,
+    };
+    if let Some((flag, _)) = first.as_ref().filter(|_| !compression.kind.is_indexed()) {
         return Err(Fault::invalid(format!(
-            "--read-first is of no use with --compression {}",
+            "{flag} is of no use with --compression {}",
             compression.kind
         ))
         .hint("use estargz or zstdchunked"));
     }
-    let packing = Packing { compression, first: first.into() };
+    let packing = Packing { compression, first: first.map(|(_, first)| first) };
     let options = Options { packing, platforms: args.platform.clone() };
     let done = convert(source, target, &options, progress()).await?;
     let bytes = |n: u64| size::bytes(n.try_into().unwrap_or(i64::MAX));
@@ -146,6 +161,49 @@ fn read_first(path: &Path) -> Result<Vec<Vec<u8>>> {
     File::open(path).and_then(|f| f.take(MAX_LIST).read_to_end(&mut text)).map_err(failed)?;
     let lines = text.split(|b| *b == b'\n').map(|line| line.trim_ascii());
     Ok(lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect())
+}
+
+/// What the profile says that is in the file, or that is beside the image, `at`.
+async fn learned(at: &str, registries: &Registries) -> Result<First> {
+    let profiles = match Path::new(at).is_file() {
+        true => {
+            let failed = |e| Fault::io(format!("read {at}"), e);
+            let mut text = Vec::new();
+            File::open(at).and_then(|f| f.take(MAX_LIST).read_to_end(&mut text)).map_err(failed)?;
+            vec![Profile::from_text(&text)?]
+        }
+        false => beside(at, registries).await?,
+    };
+    let mut pieces: HashMap<Digest, Vec<Range<u64>>> = HashMap::new();
+    for (layer, blocks) in profiles.iter().flat_map(Profile::pieces) {
+        pieces.entry(layer).or_default().push(blocks);
+    }
+    match pieces.is_empty() {
+        false => Ok(First::Pieces(pieces.into())),
+        true => Err(Fault::not_found(format!("{at} has no profile"))
+            .hint("a snapshotter with push_profiles = true puts it there when the image was run")),
+    }
+}
+
+/// The profiles of an image's platforms that are in its registry.
+async fn beside(image: &str, registries: &Registries) -> Result<Vec<Profile>> {
+    let name: ImageName = image
+        .parse()
+        .map_err(|e| Fault::invalid(format!("{image} is neither a file nor an image: {e}")))?;
+    let source = Remote::new(registries.repository(&name, Mode::Pull));
+    let root = source.root().await?;
+    let mut subjects = vec![root.digest];
+    if media::is_index(&root.media_type) {
+        let index: Index = serde_json::from_slice(&source.manifest(&root).await?)
+            .map_err(|e| Fault::invalid(format!("the index of {image} cannot be read: {e}")))?;
+        subjects.extend(index.manifests.iter().take(MAX_PLATFORMS).map(|entry| entry.digest));
+    }
+    let mut found = Vec::new();
+    for subject in subjects {
+        let repository = registries.repository(&name, Mode::Pull);
+        found.extend(Profile::beside(&repository, subject).await?);
+    }
+    Ok(found)
 }
 
 /// Tells on standard error how far layers are: on a terminal all the time, elsewhere when one was
