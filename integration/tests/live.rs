@@ -48,6 +48,7 @@ mod nodes;
 mod object_caches;
 mod observing;
 mod packages;
+mod peers;
 mod plain_lazy;
 mod power_cut;
 mod private;
