@@ -5,7 +5,13 @@
 
 use shipway_integration::{any, collect_garbage, nothing_left, on_each, remove_everything};
 use shipway_testkit::{BaseImage, Flavour, Lab, LabOptions, wait_for};
-use std::time::Duration;
+use std::{
+    fs::File,
+    io::{ErrorKind, Read as _, Write as _},
+    net::TcpListener,
+    os::unix::fs::FileExt as _,
+    time::Duration,
+};
 
 const IMAGE: &str = "docker.io/library/app:1";
 const TEXT: &str = "FROM busybox\nRUN echo built > /word && rm /etc/group\nCOPY Dockerfile /d/\n";
@@ -100,6 +106,107 @@ fn an_image_is_in_all_namespaces_without_a_copy_and_goes_from_each_alone() {
             n => Err(format!("{n} directories")),
         });
     });
+}
+
+/// How many transactions containerd has committed to its database: bbolt numbers them. The number
+/// of the last one is in the newer of the two pages that its file begins with, 64 bytes into it.
+#[track_caller]
+fn transactions(lab: &Lab) -> u64 {
+    let path = lab.dir().join("containerd-root/io.containerd.metadata.v1.bolt/meta.db");
+    let file = File::open(path).unwrap();
+    let mut size = [0; 4];
+    file.read_exact_at(&mut size, 24).unwrap();
+    let number = |page: u64| {
+        let mut number = [0; 8];
+        file.read_exact_at(&mut number, page * u64::from(u32::from_ne_bytes(size)) + 64).unwrap();
+        u64::from_ne_bytes(number)
+    };
+    number(0).max(number(1))
+}
+
+/// Transactions from the last step of a build of eight layers of its own on, by the time that the
+/// build has its answer and its leases are gone. `more` is added to the output; the step ends once
+/// the layers below it are in `namespaces`.
+#[track_caller]
+fn transactions_at_the_end(lab: &Lab, more: &str, namespaces: &[&str]) -> u64 {
+    const BELOW: usize = 8;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut text = String::from("FROM busybox\n");
+    for n in 1..BELOW {
+        text.push_str(&format!("RUN echo {port} > /file-{n}\n"));
+    }
+    text.push_str(&format!("RUN --network=host wget -q -O /last http://127.0.0.1:{port}/\n"));
+    let context = lab.context(&format!("counted-{port}"), &[("Dockerfile", &text)]);
+    let output = format!("type=image,name=docker.io/library/counted:{port}{more}");
+    std::thread::scope(|scope| {
+        let build = scope.spawn(|| {
+            let context = context.to_string_lossy();
+            let words =
+                ["build", "--progress", "plain", "--allow", "network.host", "--output", &output];
+            lab.shipway(words.into_iter().chain([&*context])).ok();
+        });
+        let last_step = || match listener.accept() {
+            Ok((stream, _)) => Ok(stream),
+            Err(e) if e.kind() == ErrorKind::WouldBlock && !build.is_finished() => Err("no".into()),
+            Err(e) => panic!("the build ended without its last step: {e}"),
+        };
+        let mut last_step = wait_for("the last step", Duration::from_secs(120), last_step);
+        assert!(last_step.read(&mut [0; 1024]).unwrap() > 0);
+        wait_for("the layers below", Duration::from_secs(60), || {
+            for namespace in namespaces {
+                let count = |words: &[&str]| lab.ctr_in(namespace, words).ok().lines().count();
+                // With a line of headings.
+                let snapshots = count(&["snapshots", "--snapshotter", "shipway", "list"]);
+                let blobs = count(&["content", "list", "--quiet"]);
+                if snapshots <= BELOW || blobs < BELOW {
+                    return Err(format!("{namespace}: {snapshots} snapshots, {blobs} blobs"));
+                }
+            }
+            Ok(())
+        });
+        let before = transactions(lab);
+        last_step.write_all(b"HTTP/1.0 200 OK\r\n\r\nend").unwrap();
+        drop(last_step);
+        build.join().unwrap();
+        wait_for("the leases to go", Duration::from_secs(20), || {
+            let leases = |namespace: &&str| {
+                lab.ctr_in(namespace, ["leases", "list", "--quiet"]).ok().lines().count()
+            };
+            match namespaces.iter().map(leases).sum() {
+                0 => Ok(()),
+                n => Err(format!("{n} leases")),
+            }
+        });
+        transactions(lab) - before
+    })
+}
+
+#[test]
+fn layers_are_published_while_the_build_goes_on() {
+    let mut lab = lab(any(), "shipway", "");
+    let alone = transactions_at_the_end(&lab, "", &[]);
+    let namespaces = ["k8s.io", "moby", "other"];
+    let more = ",\"namespaces=k8s.io,moby,other\"";
+    let published = transactions_at_the_end(&lab, more, &namespaces);
+    eprintln!("{alone} transactions alone, {published} with three namespaces");
+    // For each: two for the last snapshot, its blob, the config and the manifest each, the record,
+    // and the end of the lease. Each of the seven layers below would be four more.
+    assert!(published <= alone + 3 * 14, "{published} transactions, and {alone} without");
+    for namespace in namespaces {
+        let check = lab.ctr_in(namespace, ["images", "check", "--snapshotter", "shipway"]).ok();
+        assert!(check.stdout.contains(" complete "), "{}", check.stdout);
+    }
+    remove_everything(&lab);
+    for namespace in namespaces {
+        for image in lab.ctr_in(namespace, ["images", "list", "--quiet"]).ok().lines() {
+            lab.ctr_in(namespace, ["images", "delete", "--sync", image]).ok();
+        }
+    }
+    lab.stop_daemon();
+    collect_garbage(&lab);
+    nothing_left(&lab);
 }
 
 #[test]

@@ -7,7 +7,7 @@ pub(crate) mod verify;
 use crate::build::{Build, BuildScope};
 use shipway_buildcache::room_was_made;
 use shipway_exporters::{
-    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response,
+    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response, StateWatcher,
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
@@ -48,10 +48,17 @@ pub(crate) async fn state_of(
     }
 }
 
-/// Lets the build's vertices know that the state will be exported with `compression`.
-fn plan_export(build: &Build, state: &dyn BuildRef, compression: Compression) {
+/// Lets the build's vertices know that the state will be exported with `compression`, and by whom
+/// it is watched for.
+fn plan_export(
+    build: &Build,
+    state: &dyn BuildRef,
+    compression: Compression,
+    watchers: &[StateWatcher],
+) {
     if let Some(state) = build.states.find(state).filter(|s| !s.lazy.is_solved()) {
-        build.scope.data.export_plan.add(&state.lazy.vertex, state.lazy.output, compression);
+        let (plan, lazy) = (&build.scope.data.export_plan, &state.lazy);
+        plan.add(&lazy.vertex, lazy.output, compression, watchers);
     }
 }
 
@@ -92,10 +99,16 @@ pub(crate) async fn solve_all(
         }
     }
     if let Some(compression) = exporters.iter().find_map(|e| e.wants_layers()) {
-        wanted
-            .iter()
-            .filter_map(|(_, _, state)| state.as_ref())
-            .for_each(|state| plan_export(build, state.as_ref(), compression));
+        let watching = exporters.iter().enumerate().filter_map(|(n, e)| e.watcher(&scope.id, n));
+        let watching: Vec<StateWatcher> = watching.collect();
+        for (_, platform, state) in &wanted {
+            // Images of other platforms are not unpacked here.
+            let runs = platform.rank_for(&Platform::host()).is_some();
+            let watchers = if runs { &watching[..] } else { &[] };
+            if let Some(state) = state {
+                plan_export(build, state.as_ref(), compression, watchers);
+            }
+        }
     }
     let solved =
         futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(build, state)))

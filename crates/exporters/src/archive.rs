@@ -204,7 +204,7 @@ impl Exporter for ArchiveExporter {
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;
         let session = self.inner.hub.get(&cx.session).await?;
-        let lease = ExportLease::new(&self.inner.refs.storage().leases, cx);
+        let lease = ExportLease::new(&self.inner.refs.storage().leases, &cx.build, cx.index);
         let writer = Writer {
             refs: &self.inner.refs,
             lease: &lease,

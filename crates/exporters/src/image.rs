@@ -4,8 +4,10 @@ use crate::{
     hollow::LazyBlobs,
     lease::ExportLease,
     options::{Attrs, ImageOptions},
-    port::{ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Response},
-    publish::{PINNED, Publication},
+    port::{
+        ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Response, StateWatcher,
+    },
+    publish::{PINNED, Publication, ahead::Ahead, target::Target},
     push::{self, Blobs, PushOptions},
     replace::may_replace,
     services::ExportServices,
@@ -13,6 +15,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use base64::Engine as _;
+use parking_lot::Mutex;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson};
 use shipway_refs::{Compression, Fetch, ImmutableRef};
@@ -31,6 +34,8 @@ pub(crate) struct ImageExporter {
     dangling: Option<Dangling>,
     /// Other namespaces that get the image.
     publish: Vec<(String, Storage)>,
+    /// What they get before the build has ended.
+    ahead: Mutex<Option<Arc<Ahead>>>,
     /// Whether kubelet is asked not to remove it.
     pinned: bool,
     metadata: BTreeMap<String, Vec<u8>>,
@@ -77,6 +82,7 @@ impl ImageExporter {
             canonical,
             dangling,
             publish,
+            ahead: Mutex::default(),
             pinned,
             metadata: attrs.rest(),
         })
@@ -160,6 +166,13 @@ impl ImageExporter {
         !self.incomplete && p.platform.rank_for(&Platform::host()).is_some()
     }
 
+    /// The other namespaces, for the export number `index` of `build`.
+    fn targets(&self, build: &str, index: usize) -> Vec<Arc<Target>> {
+        let (namespaces, from) = (&self.inner.publishing.namespaces, self.inner.refs.storage());
+        let target = |to| Arc::new(Target::new(to, namespaces, from, (build, index)));
+        self.publish.iter().map(target).collect()
+    }
+
     /// Makes the image in the other namespaces, all at the same time.
     async fn publish_all(
         &self,
@@ -170,9 +183,12 @@ impl ImageExporter {
     ) -> Result<()> {
         let groups = with_canonical(names, canonical, written.root.digest);
         let names: Vec<String> = groups.into_iter().flat_map(|(_, all)| all).collect();
+        let ahead = self.ahead.lock().take();
+        let targets = match ahead {
+            Some(ahead) => ahead.finish().await,
+            None => self.targets(&cx.build, cx.index),
+        };
         let publication = Publication {
-            publishing: &self.inner.publishing,
-            from: self.inner.refs.storage(),
             written,
             states,
             unpacked,
@@ -182,7 +198,7 @@ impl ImageExporter {
             replaceable: &self.inner.replaceable,
             cx,
         };
-        let each = self.publish.iter().map(|(name, to)| publication.publish(name, to));
+        let each = targets.iter().map(|target| publication.publish(target));
         futures::future::try_join_all(each).await.map(drop)
     }
 }
@@ -254,13 +270,34 @@ impl Exporter for ImageExporter {
         Some(self.options.compression)
     }
 
+    fn watcher(&self, build: &str, index: usize) -> Option<StateWatcher> {
+        // Those that are exported otherwise than they are committed have other layers.
+        let (compression, rewritten) = (self.options.compression, self.options.rewrite);
+        let unnamed = self.options.names(&BTreeMap::new()).is_empty() && self.dangling.is_none();
+        if self.publish.is_empty()
+            || self.incomplete
+            || unnamed
+            || rewritten
+            || compression.kind.is_indexed()
+        {
+            return None;
+        }
+        let begin = || {
+            let from = self.inner.refs.storage();
+            let targets = self.targets(build, index);
+            Arc::new(Ahead::new(targets, from, compression, format!("{build}-{index}")))
+        };
+        let ahead = self.ahead.lock().get_or_insert_with(begin).clone();
+        Some(Arc::new(move |state| ahead.committed(state)))
+    }
+
     async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Exported> {
         input.metadata.extend(self.metadata.clone());
         let options = self.options.settled(&input, cx.compatibility, "image")?;
         let input = self.options.rewritten(input, &cx.reporter).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let storage = self.inner.refs.storage();
-        let lease = ExportLease::new(&storage.leases, cx);
+        let lease = ExportLease::new(&storage.leases, &cx.build, cx.index);
         let policy = self.lazy_blobs();
         // Only an image in the store needs layers here; a registry may have them already.
         let fetch = match policy {

@@ -1,6 +1,5 @@
 //! The lease of an export.
 
-use crate::port::ExportContext;
 use shipway_fault::{Class, Result};
 use shipway_oci::timestamp;
 use shipway_refs::RUN_KIND;
@@ -8,11 +7,11 @@ use shipway_storage::{GC_EXPIRE, Labels, LeaseId, Leases};
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
 };
-use tokio::sync::OnceCell;
+use tokio::{sync::OnceCell, time::Instant};
 
 /// What an export makes is protected this long if we die in the middle.
 const LEASE_TIME: Duration = Duration::from_secs(3600);
@@ -23,20 +22,25 @@ const LEASE_TIME: Duration = Duration::from_secs(3600);
 pub(crate) struct ExportLease {
     id: LeaseId,
     leases: Arc<dyn Leases>,
-    made: OnceCell<()>,
+    /// When it was made.
+    made: OnceCell<Instant>,
     /// Whether containerd was asked for it.
     asked: AtomicBool,
 }
 
 impl ExportLease {
-    pub fn new(leases: &Arc<dyn Leases>, cx: &ExportContext) -> Self {
-        let id = LeaseId(format!("shipway-export-{}-{}", cx.build, cx.index));
+    /// One for the export number `index` of `build`, beside others that it may have.
+    pub fn new(leases: &Arc<dyn Leases>, build: &str, index: usize) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = LeaseId(format!("shipway-export-{build}-{index}-{n}"));
         Self { id, leases: leases.clone(), made: OnceCell::new(), asked: AtomicBool::new(false) }
     }
 
     /// The lease, which exists from now on.
     pub async fn ensure(&self) -> Result<&LeaseId> {
         let make = async || {
+            let now = Instant::now();
             self.asked.store(true, Ordering::Relaxed);
             let expire = timestamp::format(SystemTime::now() + LEASE_TIME);
             let labels = Labels::from([
@@ -47,11 +51,16 @@ impl ExportLease {
                 Err(e) if !e.is_already_exists() => {
                     Err(e.context("protect the export from garbage collection"))
                 }
-                _ => Ok(()),
+                _ => Ok(now),
             }
         };
         self.made.get_or_try_init(make).await?;
         Ok(&self.id)
+    }
+
+    /// Whether half of its time is over.
+    pub fn is_old(&self) -> bool {
+        self.made.get().is_some_and(|made| made.elapsed() > LEASE_TIME / 2)
     }
 }
 

@@ -26,7 +26,7 @@ pub use exporters::Exporters;
 pub use hollow::LazyBlobs;
 pub use port::{
     Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exported, Exporter,
-    Finalizers, Maker, Response,
+    Finalizers, Maker, Response, StateWatcher,
 };
 pub use publish::Publishing;
 pub use writer::is_internal;

@@ -108,6 +108,10 @@ impl Finalizers {
     }
 }
 
+/// Is given each state of a build that is a part of what will be exported, lower ones first, as
+/// soon as the build has made it.
+pub type StateWatcher = Arc<dyn Fn(&ImmutableRef) + Send + Sync>;
+
 /// An exporter with its attributes checked.
 #[async_trait]
 pub trait Exporter: Send + Sync {
@@ -117,6 +121,11 @@ pub trait Exporter: Send + Sync {
     /// Whether layers will be needed compressed, so that compression may begin while later steps
     /// run.
     fn wants_layers(&self) -> Option<shipway_refs::Compression> {
+        None
+    }
+
+    /// What wants to see states as they are made, for the export number `index` of `build`.
+    fn watcher(&self, _build: &str, _index: usize) -> Option<StateWatcher> {
         None
     }
 

@@ -6,21 +6,26 @@
 //! layers once for each namespace. A namespace's record comes last, when everything that it needs
 //! is there, and keeps it by labels of its own, so removing the image in one namespace does nothing
 //! to the others.
+//!
+//! [`ahead`] does most of it while the build goes on, [`target`] has what one namespace is asked.
 
+pub(crate) mod ahead;
+pub(crate) mod target;
+
+use self::target::Target;
 use crate::{
-    lease::ExportLease,
     port::ExportContext,
     replace::may_replace,
     writer::{Written, WrittenManifest},
 };
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_oci::{ChainId, Descriptor, Digest};
+use shipway_oci::{ChainId, Descriptor};
 use shipway_refs::{Compression, Fetch, ImmutableRef};
-use shipway_storage::{
-    ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, Ingest, LAYER_ORIGIN,
-    Labels, LeaseId, Namespaces, SNAPSHOT_REF, SnapshotKey, Storage, UNCOMPRESSED, built_labels,
-};
+use shipway_storage::{Labels, Namespaces, SnapshotKey, Storage, built_labels};
 use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
+
+/// How often the snapshots of an image are made in a namespace where something else removes them.
+const ATTEMPTS: usize = 3;
 
 /// Label on an image record by which CRI keeps kubelet from removing the image.
 pub(crate) const PINNED: (&str, &str) = ("io.cri-containerd.pinned", "pinned");
@@ -55,9 +60,6 @@ impl Publishing {
 
 /// An image on its way to other namespaces.
 pub(crate) struct Publication<'a> {
-    pub publishing: &'a Publishing,
-    /// The builder's own stores.
-    pub from: &'a Storage,
     pub written: &'a Written,
     /// The states of the manifests.
     pub states: &'a [ImmutableRef],
@@ -75,160 +77,146 @@ pub(crate) struct Publication<'a> {
 }
 
 impl Publication<'_> {
-    /// Makes the image whole in `to`, and then names it.
-    pub async fn publish(&self, namespace: &str, to: &Storage) -> Result<()> {
-        let status = format!("publishing to namespace {namespace}");
+    /// Makes the image whole in `target`, and then names it.
+    pub async fn publish(&self, target: &Target) -> Result<()> {
+        let status = format!("publishing to namespace {}", target.namespace);
         self.cx.reporter.status(status.clone(), 0, 0, false);
-        self.publish_to(namespace, to).await.context(|| status.clone())?;
+        self.publish_to(target).await.context(|| status.clone())?;
         self.cx.reporter.status(status, 0, 0, true);
         Ok(())
     }
 
-    async fn publish_to(&self, namespace: &str, to: &Storage) -> Result<()> {
-        self.publishing.namespaces.ensure(namespace).await?;
-        for name in self.names {
-            match to.images.get(name).await {
-                Ok(image) => may_replace(&image, self.replaceable)?,
-                Err(e) if e.is_not_found() => {}
-                Err(e) => return Err(e),
+    async fn publish_to(&self, target: &Target) -> Result<()> {
+        target.renew();
+        let named = self.names.iter().map(|name| self.is_named(name, target));
+        let named = futures::future::try_join_all(named).await?;
+        let (data, manifests) = self.written.blobs();
+        // From the root down: then all that is there is kept, by the lease or by a name.
+        for manifest in manifests.iter().rev().map(|m| m.digest) {
+            match manifest == self.written.root.digest && !named.contains(&true) {
+                true => target.root(manifest).await?,
+                false => target.child(manifest).await?,
             }
         }
-        let lease = ExportLease::new(&to.leases, self.cx);
-        let id = lease.ensure().await?;
+        let configs = self.written.manifests.iter().map(|m| target.child(m.config.digest));
+        futures::future::try_join_all(configs).await?;
         for index in self.unpacked {
             let (image, state) = (&self.written.manifests[*index], &self.states[*index]);
-            self.layers(image, state, to, id).await?;
+            self.layers(image, state, target).await?;
         }
-        let (data, manifests) = self.written.blobs();
-        let lazy = |d: &&Descriptor| {
-            !self.written.manifests.iter().any(|m| m.lazy.contains_key(&d.digest))
-        };
-        let copies = data.iter().filter(lazy).map(|d| self.blob(d, to, id));
-        futures::future::try_join_all(copies).await?;
-        for manifest in &manifests {
-            self.blob(manifest, to, id).await?;
-        }
+        let lazy =
+            |d: &&Descriptor| self.written.manifests.iter().any(|m| m.lazy.contains_key(&d.digest));
+        let is_config =
+            |d: &&Descriptor| self.written.manifests.iter().any(|m| m.config.digest == d.digest);
+        let blobs = data.iter().filter(|d| !lazy(d) && !is_config(d));
+        futures::future::try_join_all(blobs.map(|d| target.child(d.digest))).await?;
         let mut labels = built_labels(&self.written.root, SystemTime::now());
         if self.pinned {
             labels.insert(PINNED.0.to_owned(), PINNED.1.to_owned());
         }
-        for name in self.names {
-            to.images.put_at(name, &self.written.root, &labels, self.time).await?;
+        for (name, named) in self.names.iter().zip(named) {
+            if !named {
+                target.to.images.put_at(name, &self.written.root, &labels, self.time).await?;
+            }
         }
         Ok(())
     }
 
-    /// Gives the namespace the snapshots of all layers, from the bottom up.
+    /// Whether `name` leads to the image there, as it is wanted; an error if it may not.
+    async fn is_named(&self, name: &str, target: &Target) -> Result<bool> {
+        let image = match target.to.images.get(name).await {
+            Err(e) if e.is_not_found() => return Ok(false),
+            image => image?,
+        };
+        may_replace(&image, self.replaceable)?;
+        let root = &self.written.root;
+        let same = image.target.digest == root.digest && image.target.media_type == root.media_type;
+        let pinned = image.labels.get(PINNED.0).is_some_and(|v| v == PINNED.1);
+        Ok(same && image.built().is_some() && (pinned || !self.pinned))
+    }
+
+    /// Gives the namespace the snapshots of all layers. Its config is there, and keeps them from
+    /// the moment that the topmost one exists; until then another program may remove those that
+    /// were there before.
     async fn layers(
         &self,
         image: &WrittenManifest,
         state: &ImmutableRef,
-        to: &Storage,
-        lease: &LeaseId,
+        target: &Target,
     ) -> Result<()> {
-        let (mut parent, mut fetched): (Option<ChainId>, bool) = (None, false);
-        for (n, (diff_id, blob)) in image.diff_ids.iter().zip(&image.layers).enumerate() {
-            let chain = ChainId::extend(parent, *diff_id);
+        let extended = image.diff_ids.iter().scan(None, |below, layer| {
+            *below = Some(ChainId::extend(*below, *layer));
+            *below
+        });
+        let chains: Vec<ChainId> = extended.collect();
+        let Some(top) = chains.last() else { return Ok(()) };
+        let mut failed = None;
+        for _ in 0..ATTEMPTS {
+            match self.missing_layers(image, state, &chains, target).await {
+                Ok(()) if target.has(*top).await? => return Ok(()),
+                Ok(()) => {}
+                Err(e) if e.is_not_found() => failed = Some(e),
+                Err(e) => return Err(e),
+            }
+        }
+        Err(failed.unwrap_or_else(|| {
+            Fault::new(Code::Aborted, format!("snapshot {top} vanished while it was shared"))
+                .hint("something else deletes snapshots in this containerd namespace; build again")
+        }))
+    }
+
+    /// Makes the snapshots above those that the namespace has, from the bottom up.
+    async fn missing_layers(
+        &self,
+        image: &WrittenManifest,
+        state: &ImmutableRef,
+        chains: &[ChainId],
+        target: &Target,
+    ) -> Result<()> {
+        let have = target.has_of(chains).await?;
+        let mut below = have.checked_sub(1).map(|top| chains[top]);
+        let mut fetched = false;
+        for (n, chain) in chains.iter().enumerate().skip(have) {
+            let (diff_id, blob) = (&image.diff_ids[n], &image.layers[n]);
             let key =
                 SnapshotKey(format!("shipway-publish-{}-{}-{n}", self.cx.build, self.cx.index));
             let lazy = image.lazy.contains_key(&blob.digest);
-            let mut labels = match lazy {
+            let labels = match lazy {
                 // One that does not share snapshots may serve the layer once more.
                 true => state.remote_labels(blob.digest).await.unwrap_or_default(),
                 false => Labels::new(),
             };
-            labels.insert(SNAPSHOT_REF.to_owned(), chain.to_string());
-            let below = parent.map(SnapshotKey::from);
-            match to.snapshots.prepare(lease, &key, below.as_ref(), &labels).await {
-                Err(e) if e.is_already_exists() => {}
-                Err(e) => return Err(e.context(format!("share layer {diff_id}"))),
-                Ok(mounts) => {
-                    let unpacked = async {
-                        if lazy && !fetched {
-                            let reporter = Some(&self.cx.reporter);
-                            state
-                                .blobs(Compression::default(), Fetch::Everything, reporter)
-                                .await?;
-                            fetched = true;
-                        }
-                        self.blob(blob, to, lease).await?;
-                        let found = to.snapshots.apply(blob, &mounts).await?;
-                        if found != *diff_id {
-                            return Err(Fault::new(
-                                Code::DataLoss,
-                                format!("blob {} unpacks to {found}, not {diff_id}", blob.digest),
-                            ));
-                        }
-                        to.snapshots.commit(lease, &chain.into(), &key, &Labels::new()).await
-                    };
-                    let unpacked = unpacked.await;
-                    let exists = unpacked.as_ref().is_err_and(Fault::is_already_exists);
-                    if unpacked.is_err() {
-                        let _ = to.snapshots.remove(&key).await;
+            let bound = target.bind(&key, *chain, below, labels).await;
+            if let Some(mounts) = bound.context(|| format!("share layer {diff_id}"))? {
+                let unpacked = async {
+                    if lazy && !fetched {
+                        let reporter = Some(&self.cx.reporter);
+                        state.blobs(Compression::default(), Fetch::Everything, reporter).await?;
+                        fetched = true;
                     }
-                    if !exists {
-                        unpacked.context(|| format!("unpack layer {diff_id}"))?;
+                    target.child(blob.digest).await?;
+                    let found = target.to.snapshots.apply(blob, &mounts).await?;
+                    if found != *diff_id {
+                        return Err(Fault::new(
+                            Code::DataLoss,
+                            format!("blob {} unpacks to {found}, not {diff_id}", blob.digest),
+                        ));
                     }
+                    let lease = target.lease().await?;
+                    let (name, none) = ((*chain).into(), Labels::new());
+                    target.to.snapshots.commit(&lease, &name, &key, &none).await
+                };
+                let unpacked = unpacked.await;
+                let exists = unpacked.as_ref().is_err_and(Fault::is_already_exists);
+                if unpacked.is_err() {
+                    let _ = target.to.snapshots.remove(&key).await;
+                }
+                if !exists {
+                    unpacked.context(|| format!("unpack layer {diff_id}"))?;
                 }
             }
-            parent = Some(chain);
+            below = Some(*chain);
         }
         Ok(())
     }
-
-    /// Gives the namespace the blob with the labels by which it keeps others.
-    async fn blob(&self, blob: &Descriptor, to: &Storage, lease: &LeaseId) -> Result<()> {
-        let known = self.from.content.info(blob.digest).await?;
-        let travels = |label: &str| {
-            [GC_REF_CONTENT, GC_REF_SNAPSHOT, DISTRIBUTION_SOURCE, LAYER_ORIGIN, UNCOMPRESSED]
-                .iter()
-                .any(|prefix| label.starts_with(prefix))
-        };
-        let labels: Labels = known.labels.into_iter().filter(|(k, _)| travels(k)).collect();
-        copy(
-            self.from.content.as_ref(),
-            to.content.as_ref(),
-            lease,
-            blob.digest,
-            known.size,
-            &labels,
-        )
-        .await
-        .context(|| format!("share blob {}", blob.digest))
-    }
-}
-
-/// Makes `to` have the blob under `lease`, with `labels`; its bytes travel only where namespaces do
-/// not share them.
-async fn copy(
-    from: &dyn ContentStore,
-    to: &dyn ContentStore,
-    lease: &LeaseId,
-    digest: Digest,
-    size: u64,
-    labels: &Labels,
-) -> Result<()> {
-    let ingest = Ingest {
-        reference: format!("shipway-publish-{}", digest.hex()),
-        expected: Some(digest),
-        size: Some(size),
-    };
-    let mut writer = match to.writer(lease, ingest).await {
-        Ok(writer) => writer,
-        Err(e) if e.is_already_exists() => {
-            // A blob that was there keeps its own labels.
-            if !labels.is_empty() {
-                to.update_labels(digest, labels).await?;
-            }
-            return Ok(());
-        }
-        Err(e) => return Err(e),
-    };
-    if !writer.is_complete() {
-        let mut reader = from.reader(digest).await?;
-        while let Some(bytes) = reader.next().await? {
-            writer.write(bytes).await?;
-        }
-    }
-    writer.commit(Some(digest), labels).await.map(drop)
 }

@@ -1,10 +1,10 @@
 //! Which states of a build will be exported as layers of an image, known before its vertices run,
-//! so that layers are compressed while later ones do.
+//! so that layers are compressed, and shown to exporters, while later ones do.
 
 use crate::op::LlbOp;
 use parking_lot::Mutex;
 use shipway_oci::Digest;
-use shipway_refs::Compression;
+use shipway_refs::{Compression, ImmutableRef};
 use shipway_solver::Vertex;
 use std::{collections::HashMap, sync::Arc};
 use tokio::sync::watch;
@@ -29,30 +29,47 @@ pub(crate) struct BaseLayers {
 
 /// The layers that a build's exporters will want compressed. Clones share it; with the last of
 /// them, at the end of the build, what is still being compressed for it stops.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct ExportPlan(Arc<Inner>);
 
-#[derive(Debug, Default)]
+/// Is given each state that is planned, once it is made.
+type Watcher = Arc<dyn Fn(&ImmutableRef) + Send + Sync>;
+
+/// What is planned for a state.
+struct Planned {
+    layer: PlannedLayer,
+    watchers: Vec<Watcher>,
+}
+
+#[derive(Default)]
 struct Inner {
-    layers: Mutex<HashMap<(Digest, usize), PlannedLayer>>,
+    states: Mutex<HashMap<(Digest, usize), Planned>>,
     /// Closed at the end.
     end: watch::Sender<()>,
 }
 
 impl ExportPlan {
     /// Plans the export of output `output` of `vertex` with `compression`. The first plan for a
-    /// state holds.
-    pub fn add(&self, vertex: &Arc<Vertex<LlbOp>>, output: usize, compression: Compression) {
-        let mut layers = self.0.layers.lock();
+    /// state holds. `watchers` are given it and the states below it that the build makes; it waits
+    /// for them, so they must not block.
+    pub fn add(
+        &self,
+        vertex: &Arc<Vertex<LlbOp>>,
+        output: usize,
+        compression: Compression,
+        watchers: &[Watcher],
+    ) {
+        let mut states = self.0.states.lock();
         let mut queue = vec![(vertex, output, true)];
         while let Some((vertex, output, last)) = queue.pop() {
             // A state that others are made of as well is seen once.
             let std::collections::hash_map::Entry::Vacant(entry) =
-                layers.entry((vertex.id.digest, output))
+                states.entry((vertex.id.digest, output))
             else {
                 continue;
             };
-            entry.insert(PlannedLayer { compression, last });
+            let layer = PlannedLayer { compression, last };
+            entry.insert(Planned { layer, watchers: watchers.to_vec() });
             let BaseLayers { inputs, adds_layer } =
                 vertex.op.base_layers(output, vertex.inputs.len());
             let below = inputs.into_iter().filter_map(|i| vertex.inputs.get(i));
@@ -62,7 +79,16 @@ impl ExportPlan {
 
     /// What is planned for the layer of output `output` of `vertex`.
     pub(crate) fn layer(&self, vertex: Digest, output: usize) -> Option<PlannedLayer> {
-        self.0.layers.lock().get(&(vertex, output)).copied()
+        self.0.states.lock().get(&(vertex, output)).map(|planned| planned.layer)
+    }
+
+    /// Shows `states`, the outputs of `vertex`, to those who watch for them.
+    pub(crate) fn made(&self, vertex: Digest, states: &[ImmutableRef]) {
+        for (output, state) in states.iter().enumerate() {
+            let watchers =
+                self.0.states.lock().get(&(vertex, output)).map(|planned| planned.watchers.clone());
+            watchers.into_iter().flatten().for_each(|watch| watch(state));
+        }
     }
 
     /// Waits for the end of the build.

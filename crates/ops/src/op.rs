@@ -226,6 +226,9 @@ impl Operation for LlbOp {
         inputs.iter().for_each(|i| self.services.sources.wanted_by(i, &sessions));
         let before = inputs.clone();
         let done = traced_result(self.span("", cx), self.run_with_room(inputs, cx)).await;
+        if let Ok(states) = &done {
+            (cx.jobs)().iter().for_each(|job| job.export_plan.made(self.vertex.digest, states));
+        }
         done.map_err(|e| self.failed(e, &before, None, cx))
     }
 

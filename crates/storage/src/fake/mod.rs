@@ -5,19 +5,25 @@
 //! Snapshots are real directories below a temporary one (a child starts as a copy of its parent)
 //! and their mounts are binds of them, so file operations work without containerd, given root.
 //! Expiry of leases is not modeled.
+//!
+//! [`FakeNamespaces`] are several of them that share blobs and snapshots, and each counts the
+//! transactions that containerd would commit for its calls: what a call costs on a slow disk.
 
 mod content;
 mod filter;
 mod names;
+mod namespaces;
 mod snapshots;
 
+pub use namespaces::FakeNamespaces;
+
+use self::{namespaces::Peers, snapshots::SnapshotDir};
 use crate::{LeaseId, LeaseResource, SnapshotKey, SnapshotKind, Storage};
 use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, Digest};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    path::PathBuf,
     sync::Arc,
     time::SystemTime,
 };
@@ -32,6 +38,8 @@ pub struct FakeStorage(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     root: tempfile::TempDir,
+    /// The namespaces that it shares blobs and snapshots with.
+    peers: Peers,
 }
 
 #[derive(Default)]
@@ -43,6 +51,7 @@ struct State {
     snapshots: BTreeMap<SnapshotKey, SnapshotState>,
     images: BTreeMap<String, ImageState>,
     next: u64,
+    transactions: u64,
 }
 
 struct Blob {
@@ -60,7 +69,7 @@ struct SnapshotState {
     parent: Option<SnapshotKey>,
     kind: SnapshotKind,
     labels: crate::Labels,
-    dir: PathBuf,
+    dir: Arc<SnapshotDir>,
 }
 
 struct ImageState {
@@ -83,11 +92,16 @@ pub struct Count {
 impl FakeStorage {
     /// An empty storage; its directory goes with the last clone.
     pub fn new() -> Result<Self> {
+        Self::among(Peers::default())
+    }
+
+    /// An empty storage that shares with `peers`.
+    fn among(peers: Peers) -> Result<Self> {
         let root = tempfile::Builder::new()
             .prefix("shipway-fake-")
             .tempdir()
             .map_err(|e| Fault::io("make the fake's directory", e))?;
-        Ok(Self(Arc::new(Shared { state: Mutex::default(), root })))
+        Ok(Self(Arc::new(Shared { state: Mutex::default(), root, peers })))
     }
 
     /// The four ports.
@@ -112,6 +126,12 @@ impl FakeStorage {
         }
     }
 
+    /// How many transactions containerd would have committed to its database for the calls so far.
+    /// They come one after another, and each waits for the disk twice.
+    pub fn transactions(&self) -> u64 {
+        self.state().transactions
+    }
+
     /// Removes everything that neither a lease nor an image keeps, as containerd's garbage
     /// collector does.
     pub fn gc(&self) {
@@ -119,13 +139,7 @@ impl FakeStorage {
         let mut kept = Reached::default();
         kept.mark(&state);
         state.blobs.retain(|digest, _| kept.blobs.contains(digest));
-        let gone: Vec<_> =
-            state.snapshots.keys().filter(|key| !kept.snapshots.contains(*key)).cloned().collect();
-        for key in gone {
-            if let Some(snapshot) = state.snapshots.remove(&key) {
-                let _ = std::fs::remove_dir_all(snapshot.dir);
-            }
-        }
+        state.snapshots.retain(|key, _| kept.snapshots.contains(key));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -134,6 +148,11 @@ impl FakeStorage {
 }
 
 impl State {
+    /// Counts `n` transactions.
+    fn committed(&mut self, n: u64) {
+        self.transactions += n;
+    }
+
     /// Puts `resource` into `lease`.
     fn keep(&mut self, lease: &LeaseId, resource: LeaseResource) -> Result<()> {
         let lease = self

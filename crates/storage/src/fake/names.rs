@@ -20,11 +20,17 @@ impl Leases for FakeStorage {
             resources: Vec::new(),
         };
         state.leases.insert(id.clone(), lease);
+        state.committed(1);
         Ok(())
     }
 
     async fn delete(&self, id: &LeaseId, _sync: bool) -> Result<()> {
-        self.state().leases.remove(id);
+        {
+            let mut state = self.state();
+            if state.leases.remove(id).is_some() {
+                state.committed(1);
+            }
+        }
         self.gc();
         Ok(())
     }
@@ -45,7 +51,10 @@ impl Leases for FakeStorage {
     }
 
     async fn add(&self, id: &LeaseId, resource: LeaseResource) -> Result<()> {
-        self.state().keep(id, resource)
+        let mut state = self.state();
+        state.keep(id, resource)?;
+        state.committed(1);
+        Ok(())
     }
 
     async fn remove(&self, id: &LeaseId, resource: LeaseResource) -> Result<()> {
@@ -54,6 +63,7 @@ impl Leases for FakeStorage {
         if let Some(lease) = state.leases.get_mut(id) {
             lease.resources.retain(|r| *r != resource);
         }
+        state.committed(1);
         Ok(())
     }
 
@@ -117,13 +127,17 @@ impl Images for FakeStorage {
         image.target = target.clone();
         image.updated = updated;
         relabel(&mut image.labels, labels);
+        state.committed(1);
         Ok(())
     }
 
     async fn delete(&self, name: &str, _sync: bool) -> Result<()> {
-        let gone = self.state().images.remove(name);
-        if gone.is_none() {
-            return Err(Fault::not_found(format!("image {name:?} does not exist")));
+        {
+            let mut state = self.state();
+            if state.images.remove(name).is_none() {
+                return Err(Fault::not_found(format!("image {name:?} does not exist")));
+            }
+            state.committed(1);
         }
         self.gc();
         Ok(())

@@ -1,9 +1,9 @@
-//! Snapshots of the fake: directories, copied from their parents.
+//! Snapshots of the fake: directories, copied from their parents, shared by namespaces.
 
 use super::{FakeStorage, SNAPSHOTTER, SnapshotState, State, filter::Filters, relabel};
 use crate::{
-    ContentStore, Labels, LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, SnapshotKind,
-    Snapshotter, Usage,
+    ContentStore, Labels, LeaseId, LeaseResource, Mount, SNAPSHOT_REF, SnapshotInfo, SnapshotKey,
+    SnapshotKind, Snapshotter, Usage,
 };
 use async_trait::async_trait;
 use shipway_fault::{Code, Fault, Result};
@@ -14,7 +14,25 @@ use std::{
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
 };
+
+/// The directory of a snapshot, which goes with its last name.
+pub(super) struct SnapshotDir(PathBuf);
+
+impl std::ops::Deref for SnapshotDir {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for SnapshotDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
 
 fn missing(key: &SnapshotKey) -> Fault {
     Fault::not_found(format!("snapshot {:?} does not exist", key.0))
@@ -34,7 +52,7 @@ fn info(key: &SnapshotKey, snapshot: &SnapshotState) -> SnapshotInfo {
 }
 
 fn mounts(snapshot: &SnapshotState) -> Vec<Mount> {
-    vec![Mount::bind(&snapshot.dir, snapshot.kind != SnapshotKind::Active)]
+    vec![Mount::bind(&**snapshot.dir, snapshot.kind != SnapshotKind::Active)]
 }
 
 impl FakeStorage {
@@ -46,8 +64,13 @@ impl FakeStorage {
         labels: &Labels,
         kind: SnapshotKind,
     ) -> Result<Vec<Mount>> {
+        let wanted = labels.get(SNAPSHOT_REF).map(|name| SnapshotKey(name.clone()));
+        let shared = wanted.as_ref().and_then(|name| self.0.peers.snapshot(name, parent));
         let mut state = self.state();
         state.known(lease)?;
+        if let Some(name) = wanted.filter(|name| state.snapshots.contains_key(name)) {
+            return Err(exists(&name));
+        }
         if state.snapshots.contains_key(key) {
             return Err(exists(key));
         }
@@ -64,6 +87,13 @@ impl FakeStorage {
                 Some(snapshot.dir.clone())
             }
         };
+        // One transaction before the snapshotter is asked, one after.
+        state.committed(2);
+        if let Some((name, snapshot)) = shared {
+            state.snapshots.insert(name.clone(), snapshot);
+            state.keep(lease, LeaseResource::Snapshot(SNAPSHOTTER.into(), name.clone()))?;
+            return Err(exists(&name));
+        }
         state.next += 1;
         let dir = self.0.root.path().join(state.next.to_string());
         let made = std::fs::create_dir(&dir)
@@ -72,6 +102,7 @@ impl FakeStorage {
         if let Some(from) = from {
             run(Command::new("cp").arg("-a").arg(from.join(".")).arg(&dir), None)?;
         }
+        let dir = Arc::new(SnapshotDir(dir));
         let snapshot = SnapshotState { parent: parent.cloned(), kind, labels: labels.clone(), dir };
         let mounts = mounts(&snapshot);
         state.snapshots.insert(key.clone(), snapshot);
@@ -145,6 +176,7 @@ impl Snapshotter for FakeStorage {
             snapshot.labels = labels.clone();
             snapshot.kind = SnapshotKind::Committed;
             state.snapshots.insert(name.clone(), snapshot);
+            state.committed(1);
         }
         Ok(())
     }
@@ -161,10 +193,8 @@ impl Snapshotter for FakeStorage {
             }
             Some(_) => {}
         }
-        if let Some(snapshot) = state.snapshots.remove(key) {
-            std::fs::remove_dir_all(&snapshot.dir)
-                .map_err(|e| Fault::io(format!("remove {}", snapshot.dir.display()), e))?;
-        }
+        state.snapshots.remove(key);
+        state.committed(1);
         Ok(())
     }
 
@@ -172,6 +202,7 @@ impl Snapshotter for FakeStorage {
         let mut state = self.state();
         let snapshot = state.snapshots.get_mut(key).ok_or_else(|| missing(key))?;
         relabel(&mut snapshot.labels, labels);
+        state.committed(1);
         Ok(())
     }
 
@@ -222,7 +253,7 @@ impl Snapshotter for FakeStorage {
     }
 }
 
-fn parent_dir(state: &State, snapshot: &SnapshotState) -> Option<PathBuf> {
+fn parent_dir(state: &State, snapshot: &SnapshotState) -> Option<Arc<SnapshotDir>> {
     state.snapshots.get(snapshot.parent.as_ref()?).map(|p| p.dir.clone())
 }
 
