@@ -169,3 +169,73 @@ fn the_status_is_watched_until_ctrl_c() {
     assert!(start.unwrap() < end.unwrap(), "{drawn:?}");
     assert!(terminal.wait().unwrap().success(), "{drawn:?}");
 }
+
+/// KiB of a process's memory by a field of `smaps_rollup`.
+#[track_caller]
+fn memory(pid: u32, field: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
+    let line = line.unwrap_or_else(|| panic!("no {field} in\n{text}"));
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// The keeper of the lab and what holds its state, with the programs that they are.
+fn keepers(lab: &Lab) -> Vec<(u32, String)> {
+    let run = lab.dir().join("run").display().to_string();
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    let is_keeper = |pid: u32| {
+        let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let words: Vec<&str> = bytes.split(|b| *b == 0).flat_map(std::str::from_utf8).collect();
+        words.windows(2).any(|w| w[0] == "--run" && w[1] == run).then_some(())?;
+        let program = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+        Some((pid, program.file_name()?.to_str()?.to_owned()))
+    };
+    pids.filter_map(is_keeper).collect()
+}
+
+#[test]
+fn little_stays_in_memory_with_a_hundred_layers_mounted() {
+    const LAYERS: usize = 100;
+    let mut lab = lab(any(), "background = false\nfind_profiles = false\n");
+    let keepers = keepers(&lab);
+    let programs: Vec<&str> = keepers.iter().map(|(_, program)| program.as_str()).collect();
+    assert_eq!(programs, ["shipway-keeper"; 2], "is it built?");
+    let snapshotter = lab.snapshotter().pid();
+    // What is theirs alone: how much of a program is in memory depends on how it was built.
+    let private = || {
+        let pids = keepers.iter().map(|(pid, _)| *pid).chain([snapshotter]);
+        pids.map(|pid| memory(pid, "Anonymous") + memory(pid, "Pss_Shmem")).sum::<u64>()
+    };
+    let idle = private();
+    let mut image = BaseImage::busybox();
+    for n in 1..LAYERS {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("data")).unwrap();
+        std::fs::write(dir.path().join(format!("data/{n}")), format!("{n}\n")).unwrap();
+        image.layers.push(Layer::of_dir(dir.path()));
+    }
+    image.layers = image.layers.iter().map(|l| lazy_layer(l, Output::Estargz)).collect();
+    image.push(&lab.registry(), "many", "1");
+    let image = format!("{}/many:1", lab.registry());
+    let id = Some(wire::Id { id: image.clone() });
+    let _: wire::Id = Cri::of(&lab).call("PullImage", wire::PullImage { image: id });
+    let id = format!("many-{}", std::process::id());
+    let words = ["run", "--rm", "--snapshotter", "shipway", &image, &id, "sh", "-c"];
+    let sum = lab.ctr(words.into_iter().chain(["cat /data/* | wc -l"])).ok().stdout;
+    assert_eq!(sum.trim(), (LAYERS - 1).to_string());
+    let status = status(&lab);
+    let layers = status["lazy"]["layers"].as_array().unwrap();
+    let served = layers.iter().filter(|layer| layer["mounted"] == "served").count();
+    assert_eq!(served, LAYERS, "{status}");
+    let mounted = private();
+    let own = memory(snapshotter, "Rss");
+    eprintln!("{idle} KiB idle, {mounted} KiB with {LAYERS} layers; the snapshotter is {own} KiB");
+    assert!(idle <= 8 << 10, "{idle} KiB");
+    assert!(mounted <= 25 << 10, "{mounted} KiB");
+    for (pid, program) in &keepers {
+        let rss = memory(*pid, "Rss");
+        eprintln!("{program}: {rss} KiB");
+        assert!(rss <= 8 << 10, "{program}: {rss} KiB");
+    }
+}

@@ -20,7 +20,7 @@ use std::{
 fn small(to: &Path) -> PathBuf {
     let programs = to.join("small");
     fs::create_dir(&programs).unwrap();
-    for name in ["shipwayd", "shipway", "shipway-snapshotter"] {
+    for name in ["shipwayd", "shipway", "shipway-snapshotter", "shipway-keeper"] {
         let path = programs.join(name);
         let script = format!("#!/bin/sh\nexec '{}' \"$@\"\n", built(name).display());
         fs::write(&path, script).unwrap();
@@ -69,7 +69,7 @@ fn packages_of_the_same_files_are_the_same_bytes() {
     }
     let tarball = one.values().find(|path| path.extension().is_some_and(|e| e == "xz")).unwrap();
     let listed = run(Command::new("tar").arg("-tvf").arg(tarball)).ok().stdout;
-    for program in ["shipwayd", "shipway", "shipway-snapshotter"] {
+    for program in ["shipwayd", "shipway", "shipway-snapshotter", "shipway-keeper"] {
         let is_it = |l: &str| {
             l.starts_with("-rwxr-xr-x root/root") && l.ends_with(&format!("usr/bin/{program}"))
         };

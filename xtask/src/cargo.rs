@@ -36,7 +36,7 @@ pub fn build_and_continue(profile: &str, second: &[&str]) -> Result<(), String> 
     let mut build = cargo();
     build.args(["build", "--profile", profile]);
     build.args(
-        ["xtask", "shipwayd", "shipway", "shipway-snapshotter"]
+        ["xtask", "shipwayd", "shipway", "shipway-snapshotter", "shipway-keeper"]
             .into_iter()
             .flat_map(|package| ["--package", package]),
     );

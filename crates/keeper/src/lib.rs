@@ -28,11 +28,12 @@
 //! - [`mod@message`]: what daemon and keeper say.
 //! - [`mod@client`]: the daemon's side.
 //! - [`run()`]: the process; [`supervise()`]: another one that holds its state where no service
-//!   manager does.
+//!   manager does. The program `shipway-keeper` is either.
 //!
 //! Dependencies: `sd-notify` knows which file descriptors the service manager passed. It does not
-//! send any, so that is done here. `libc` has what rustix lacks: numbers of system calls, `seccomp`
-//! and `signalfd`. `unsafe` is in the module `sys` alone.
+//! send any, so that is done here. `tracing-subscriber` writes the program's log. `libc` has what
+//! rustix lacks: numbers of system calls, `seccomp` and `signalfd`. `unsafe` is in the module `sys`
+//! alone.
 
 #![allow(
     clippy::disallowed_types,

@@ -36,7 +36,7 @@ use clap::{Parser, Subcommand};
 use config::Config;
 use shipway_daemon::memory::Kept;
 use shipway_fault::{Class, Fault, Result};
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode};
 
 /// Where the configuration is, unless `--config` says it.
 const CONFIG: &str = "/etc/shipway/shipway-snapshotter.toml";
@@ -110,19 +110,10 @@ fn run(flags: Flags) -> Result<ExitCode> {
         }
         Some(Command::Setup(flags)) => setup::run(&config, &flags).map(|()| ExitCode::SUCCESS),
         Some(Command::Keeper { run, socket, deadline, supervise }) => {
-            rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-            shipway_daemon::start_log(config.log.level, config.log.format);
-            let options = shipway_keeper::Options {
-                directory: run.unwrap_or(config.lazy.run),
-                socket: socket.unwrap_or(config.lazy.keeper_address),
-                deadline: Duration::from_secs(deadline.unwrap_or(config.lazy.deadline)),
-            };
-            if supervise {
-                let keeper = || lazy::keeper_command(&options);
-                return shipway_keeper::supervise(keeper, &options.directory)
-                    .map(|()| ExitCode::SUCCESS);
-            }
-            shipway_keeper::run(&options).map(|()| ExitCode::SUCCESS)
+            config.lazy.run = run.unwrap_or(config.lazy.run);
+            config.lazy.keeper_address = socket.unwrap_or(config.lazy.keeper_address);
+            config.lazy.deadline = deadline.unwrap_or(config.lazy.deadline);
+            lazy::keeper::become_keeper(&config, supervise).map(|()| ExitCode::SUCCESS)
         }
         Some(Command::Doctor(target)) => Ok(doctor::run(&config, &target)),
     }

@@ -98,7 +98,7 @@ const PACKAGES: [Package; 2] = [
     },
     Package {
         name: "shipway-snapshotter",
-        programs: &["shipway-snapshotter"],
+        programs: &["shipway-snapshotter", "shipway-keeper"],
         units: &[
             "shipway-snapshotter.service",
             "shipway-snapshotter.socket",

@@ -11,11 +11,12 @@
 //! - [`labels`]: what containerd says of a layer; [`credentials`]: whom registries see.
 //! - [`resolve`]: from labels to a layer that is served.
 //! - [`plain`]: ordinary layers, which are lazy when they are pulled again.
-//! - [`link`]: the connection to the keeper.
+//! - [`link`]: the connection to the keeper; [`keeper`]: how one is started.
 //! - [`spans`]: which files are neighbors; [`learning`]: what was read first, and in which order.
 //! - [`report`]: what is told of layers.
 
 mod credentials;
+pub mod keeper;
 mod labels;
 mod learning;
 mod link;
@@ -135,7 +136,10 @@ impl Lazy {
         if store.is_first_of_boot() {
             clear(&run.join("maps"))?;
         }
-        let starter = config.lazy.start_keeper.then(|| starter(config));
+        let starter = config.lazy.start_keeper.then(|| {
+            let config = config.clone();
+            Box::new(move || keeper::start(&config)) as Starter
+        });
         let link = Arc::new(Link::new(config.lazy.keeper_address.clone(), starter));
         let (sender, news) = mpsc::channel();
         let keeping = link.clone();
@@ -731,28 +735,6 @@ fn clear(directory: &Path) -> Result<()> {
         std::fs::remove_file(entry.map_err(failed)?.path()).map_err(failed)?;
     }
     Ok(())
-}
-
-/// This program as a keeper.
-pub fn keeper_command(options: &shipway_keeper::Options) -> std::process::Command {
-    let mut command = std::process::Command::new("/proc/self/exe");
-    command.arg("keeper").arg("--run").arg(&options.directory).arg("--socket").arg(&options.socket);
-    command.arg("--deadline").arg(options.deadline.as_secs().to_string());
-    command
-}
-
-/// This program as a keeper, and one that starts it again.
-fn starter(config: &Config) -> Starter {
-    let options = shipway_keeper::Options {
-        directory: config.lazy.run.clone(),
-        socket: config.lazy.keeper_address.clone(),
-        deadline: Duration::from_secs(config.lazy.deadline),
-    };
-    Box::new(move || {
-        let mut command = keeper_command(&options);
-        command.arg("--supervise");
-        command
-    })
 }
 
 /// Finds the way in which this kernel reads layers.
