@@ -18,7 +18,8 @@ pub struct Settings {
     pub stall: Duration,
     /// How long to look for a table of contents.
     pub index: Duration,
-    /// How long after a miss the background begins.
+    /// How long after a miss the background begins. Meanwhile the line is idle, so not for long:
+    /// who misses something after that finds next to nothing in the way.
     pub quiet: Duration,
     /// Whether files of the same directory are fetched with one that is missed.
     pub window: bool,
@@ -35,7 +36,7 @@ impl Default for Settings {
             first_byte: Duration::from_secs(5),
             stall: Duration::from_secs(10),
             index: Duration::from_secs(10),
-            quiet: Duration::from_secs(2),
+            quiet: Duration::from_millis(500),
             window: true,
             strides: true,
         }

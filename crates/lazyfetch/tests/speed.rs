@@ -143,6 +143,29 @@ async fn the_background_uses_nine_tenths_of_the_line_and_bounded_memory() {
     }
 }
 
+/// Counted from the last miss on, as it is when a container has said its first word.
+#[tokio::test(start_paused = true)]
+async fn the_rest_comes_at_nine_tenths_of_the_line_after_the_last_miss() {
+    for (rtt, mb, megabytes) in [(20, 8, 80), (100, 5, 60)] {
+        let layer = large(1, megabytes);
+        let server = Server::good(&layer.blob, Way::new(rtt, mb));
+        let mut lab = Lab::new(&layer, &[&server], plain());
+        for frame in [7, 3, 9] {
+            let blocks = layer.blocks_of_frame(frame);
+            lab.fetcher.miss(1, blocks.clone());
+            while !layer.is_good(blocks.clone()) {
+                lab.events.recv().await.unwrap();
+            }
+        }
+        let start = Instant::now();
+        lab.fetcher.background(1, Keep::made(&layer).0);
+        while !matches!(lab.events.recv().await.unwrap(), Event::Whole { .. }) {}
+        let rate = rate(layer.blob.len() as u64, start.elapsed());
+        println!("{rtt} ms, {mb} MB/s: {rate:.1} MB/s");
+        assert!(rate >= 0.9 * f64::from(mb), "{rtt} ms, {mb} MB/s: {rate:.1} MB/s");
+    }
+}
+
 /// How long misses take on a line, alone or beside the background, however answers share it.
 #[tokio::test(start_paused = true)]
 async fn a_miss_waits_no_longer_than_50_ms_of_the_line_for_the_background() {
