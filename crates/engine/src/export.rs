@@ -7,7 +7,8 @@ pub(crate) mod verify;
 use crate::build::{Build, BuildScope};
 use shipway_buildcache::room_was_made;
 use shipway_exporters::{
-    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response, StateWatcher,
+    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response,
+    StateWatcher,
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
@@ -229,7 +230,7 @@ impl<'a> ExportVertex<'a> {
                 && let Some(pruned) = writing.made_room(fault).await
             {
                 self.cx.reporter.log(LogStream::Stderr, room_was_made(pruned).as_bytes());
-                drop(self.cx.finally.take());
+                drop(self.cx.finalizers.take());
                 return self.export_once(scope, caches, input).await;
             }
             done

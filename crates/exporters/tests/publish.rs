@@ -88,7 +88,7 @@ impl Lab {
             sessions: SessionGroup::new(self.hub.clone(), [session.clone()]),
             session,
             reporter: Reporter::new(Digest::of("export"), "export".into(), Vec::new(), None),
-            finally: Default::default(),
+            finalizers: Default::default(),
         };
         exporter.export(input, &cx).await.unwrap();
     }
