@@ -64,6 +64,7 @@ mod room;
 mod spans;
 mod store;
 mod unpack;
+mod written;
 
 pub use about::{
     Description, LayerKey, LayerNumber, MAX_ABOUT, MAX_REPOSITORIES, MAX_REPOSITORY, State,

@@ -2,8 +2,10 @@
 //! where it can be decompressed from (crate `plainlayer`) in a file of their own.
 
 use crate::{
-    Chunk, Description, Error, Good, Layer, LayerKey, LayerStore, Result, about::Pieces,
-    finish::Blob, spans::damaged, unpack::Data,
+    Chunk, Description, Error, Good, Layer, LayerKey, LayerStore, Result,
+    finish::Blob,
+    spans::damaged,
+    written::{Data, Made},
 };
 use shipway_archive::TarReader;
 use shipway_estargz::{Codec, TarEntry, TarKind, Toc};
@@ -21,55 +23,6 @@ impl LayerKey {
     /// That of a blob that has no table of contents. Which one is made of it is our own affair.
     pub fn plain(blob: Digest) -> Self {
         Self { blob, toc: Digest::of("plain layer") }
-    }
-}
-
-/// What there is of a layer besides its table of contents when it is made.
-#[derive(Clone, Copy)]
-pub(crate) enum Made<'a> {
-    /// Nothing.
-    OfToc,
-    /// The whole blob was read.
-    OfPlain {
-        /// Digest of its tar.
-        diff_id: DiffId,
-        /// The file of spans, if it can be resumed.
-        spans: Option<&'a [u8]>,
-        /// All of its data, if it was written.
-        data: Option<&'a Data>,
-    },
-}
-
-impl<'a> Made<'a> {
-    pub fn pieces(self) -> Pieces {
-        match self {
-            Self::OfToc => Pieces::Frames,
-            Self::OfPlain { spans: Some(spans), .. } => {
-                Pieces::Spans(spans.len() as u64, Digest::of(spans))
-            }
-            Self::OfPlain { spans: None, .. } => Pieces::Sealed,
-        }
-    }
-
-    pub fn diff_id(self) -> Option<DiffId> {
-        match self {
-            Self::OfToc => None,
-            Self::OfPlain { diff_id, .. } => Some(diff_id),
-        }
-    }
-
-    pub fn spans(self) -> Option<&'a [u8]> {
-        match self {
-            Self::OfToc => None,
-            Self::OfPlain { spans, .. } => spans,
-        }
-    }
-
-    pub fn data(self) -> Option<&'a Data> {
-        match self {
-            Self::OfToc => None,
-            Self::OfPlain { data, .. } => data,
-        }
     }
 }
 
@@ -124,8 +77,9 @@ impl Plain {
         while let Some(member) = tar.next_member().map_err(read)? {
             let entry = TarEntry::from(&member);
             maker.entry(&entry)?;
-            if let (Some(data), TarKind::File(size)) = (&mut data, entry.kind) {
-                data.file(&entry.path, size);
+            if let Some(data) = &mut data {
+                let size = if let TarKind::File(size) = entry.kind { size } else { 0 };
+                data.entry(&entry.path, size);
             }
             let mut at = 0;
             while let Some(piece) = tar.piece(&mut buffer).map_err(read)? {

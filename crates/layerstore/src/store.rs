@@ -7,8 +7,8 @@ use crate::{
     build, disk, index,
     layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META, WHOLE},
     lock,
-    plain::Made,
     spans::SPANS,
+    written::Made,
 };
 use parking_lot::{Condvar, Mutex};
 use rustix::{
