@@ -22,6 +22,7 @@ mod errors;
 mod exact;
 mod exact_random;
 mod exporters;
+mod fast_pull;
 mod features;
 mod full_disk;
 mod gateway;

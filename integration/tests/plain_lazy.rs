@@ -28,12 +28,12 @@ use std::{
 
 const SIZE: usize = 1 << 20;
 /// Bytes of the large layer that cannot be compressed away.
-const LARGE: u64 = (FILES * SIZE) as u64;
+pub const LARGE: u64 = (FILES * SIZE) as u64;
 /// Most bytes of what is no layer: index, manifest and config, asked for by containerd and by us.
-const LITTLE: u64 = 200_000;
+pub const LITTLE: u64 = 200_000;
 
 /// busybox, and a layer of large files, small ones, and everything else that a layer may have.
-fn image() -> BaseImage {
+pub fn image() -> BaseImage {
     let mut image = BaseImage::busybox();
     let dir = tempfile::tempdir().unwrap();
     let at = |path: &str| dir.path().join(path);
@@ -59,13 +59,13 @@ fn image() -> BaseImage {
 }
 
 /// The same layer in zstd frames, each of so many bytes of the tar.
-fn zstd_layer(layer: &Layer, frame: usize) -> Layer {
+pub fn zstd_layer(layer: &Layer, frame: usize) -> Layer {
     let tar = tar_of(layer);
     let blob = tar.chunks(frame).flat_map(|part| zstd::bulk::compress(part, 1).unwrap()).collect();
     Layer { blob, ..layer.clone() }
 }
 
-fn layers(lab: &Lab) -> Vec<Value> {
+pub fn layers(lab: &Lab) -> Vec<Value> {
     status(lab)["lazy"]["layers"].as_array().unwrap().clone()
 }
 
@@ -84,7 +84,7 @@ fn until_known(lab: &Lab, count: usize) {
 
 /// Removes all images, and waits until nothing of them is left but what is kept as a cache.
 #[track_caller]
-fn remove(lab: &Lab, namespaces: &[&str]) {
+pub fn remove(lab: &Lab, namespaces: &[&str]) {
     let directories = lab.dir().join("snapshotter/snapshots");
     wait_for("the snapshots to go", Duration::from_secs(30), || {
         for namespace in namespaces {

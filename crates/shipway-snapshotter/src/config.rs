@@ -62,6 +62,8 @@ pub struct Lazy {
     pub resolve_timeout: u64,
     /// Whether layers are fetched whole when nothing else is to do.
     pub background: bool,
+    /// How ordinary layers are pulled that were never here.
+    pub pull: Pull,
     /// Whether ordinary layers are made lazy for when they are pulled again.
     pub plain: bool,
     /// Whether such a layer is fetched once more if containerd does not have it any more.
@@ -83,6 +85,26 @@ pub struct Lazy {
     pub push_profiles: bool,
 }
 
+/// How ordinary layers are pulled that were never here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pull {
+    /// By containerd, which has them unpacked.
+    #[default]
+    Containerd,
+    /// As a whole by the snapshotter, into its own layers.
+    Fast,
+}
+
+impl std::fmt::Display for Pull {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Containerd => "containerd",
+            Self::Fast => "fast",
+        })
+    }
+}
+
 impl Default for Lazy {
     fn default() -> Self {
         Self {
@@ -94,6 +116,7 @@ impl Default for Lazy {
             deadline: 60,
             resolve_timeout: 10,
             background: true,
+            pull: Pull::default(),
             plain: true,
             plain_from_registry: false,
             memory: 16 << 20,
@@ -334,7 +357,7 @@ mod tests {
             ]
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
-        assert_eq!((keys("lazy"), keys("registry")), (17, 2));
+        assert_eq!((keys("lazy"), keys("registry")), (18, 2));
         assert_eq!((keys("cri"), keys("metrics"), keys("log")), (2, 1, 2));
     }
 
@@ -350,6 +373,7 @@ mod tests {
             ("mount_options = ['a,b']", "one option each", None),
             ("[metrics]\naddress = 'x'", "`metrics.address` of x.toml: \"x\" is not", METRICS),
             ("[lazy]\ntier = 'fast'", "there are file, flat-file", None),
+            ("[lazy]\npull = 'slow'", "unknown variant `slow`", None),
             ("[lazy]\nmax_percent = 101", "more than 100", None),
             ("[lazy]\nconnections = 0", "`lazy.connections` of x.toml is zero", None),
             ("[registry]\nconfig_path = 'x'", "not an absolute path", None),

@@ -3,12 +3,24 @@
 use crate::{Labels, Usage};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
+use shipway_oci::ChainId;
 use std::{collections::BTreeSet, path::PathBuf};
 
 /// Number of a layer in the store of layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LayerId(pub u64);
+
+/// What a layer is unpacked over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// It is the lowest.
+    Nothing,
+    /// A stack of layers.
+    Chain(ChainId),
+    /// A snapshot that is not known to be a stack of layers.
+    Unknown,
+}
 
 /// Whoever serves layers out of a registry.
 ///
@@ -27,8 +39,9 @@ pub trait LazyLayers: Send + Sync + 'static {
 
     /// The layer that the labels of a Prepare name, ready to be mounted and held; `None` if it has
     /// to be unpacked the ordinary way, for whatever reason. The caller waits, and containerd's
-    /// client with it, so this has to end within some seconds (10 by default).
-    fn find(&self, labels: &Labels) -> Option<LayerId>;
+    /// client with it, so this has to end within some seconds (10 by default), unless the layer is
+    /// pulled as a whole, which takes no longer than unpacking it would.
+    fn find(&self, labels: &Labels, below: Below) -> Option<LayerId>;
 
     /// A layer that [`LazyLayers::find`] did not find was unpacked: the snapshot that was prepared
     /// with these labels is committed, by the client of `namespace`. Must not wait, for containerd
@@ -69,7 +82,7 @@ impl LazyLayers for NoLazyLayers {
         Restored { mounted: BTreeSet::new(), lost: layers.clone() }
     }
 
-    fn find(&self, _: &Labels) -> Option<LayerId> {
+    fn find(&self, _: &Labels, _: Below) -> Option<LayerId> {
         None
     }
 

@@ -1,7 +1,7 @@
 //! The operations.
 
 use crate::{
-    Filters, LayerId, LazyLayers, Restored,
+    Below, Filters, LayerId, LazyLayers, Restored,
     db::{Change, Db},
     disk::{Disk, owner_of},
     index::Index,
@@ -626,13 +626,22 @@ impl Store {
             asking
         };
         let mut ending = Ending { store: self, chain, asking, answer: Answer::LookAgain };
-        let Some(layer) = self.layers.find(labels) else {
+        let below = parent.map_or(Below::Nothing, |parent| self.chain_of(parent));
+        let Some(layer) = self.layers.find(labels, below) else {
             ending.answer = Answer::Unpack;
             return Ok(Some(false));
         };
         lock(&self.lost).remove(&layer);
         self.step();
         self.name(key, parent, chain, labels, Some(layer))
+    }
+
+    /// The layers that a snapshot is a stack of.
+    fn chain_of(&self, name: &Name) -> Below {
+        self.read(|index| {
+            let chain = index.get(name).ok().and_then(|row| row.chain(name)?.parse().ok());
+            chain.map_or(Below::Unknown, Below::Chain)
+        })
     }
 
     /// How many wait for what another one asks the store of layers.

@@ -1,8 +1,9 @@
 //! What the labels of a Prepare say of the layer that is about to be pulled.
 
 use shipway_estargz::TOC_DIGEST;
-use shipway_oci::{Digest, ImageName};
-use shipway_snapstore::Labels;
+use shipway_fault::{Class, Code, Fault, Result};
+use shipway_oci::{ChainId, DiffId, Digest, ImageName};
+use shipway_snapstore::{Below, Labels, SNAPSHOT_REF};
 use std::collections::BTreeMap;
 
 /// Labels that CRI, nerdctl and containerd's transfer service set (containerd,
@@ -60,6 +61,33 @@ impl Wanted {
     }
 }
 
+/// Whether a layer may be what a snapshot is named by `labels`, over what is `below`: its chain ID
+/// follows from the digest of the layer's tar. Where that digest is not known, the layer is what
+/// the image's manifest says by its table of contents.
+pub fn vouch(diff_id: Option<DiffId>, labels: &Labels, below: Below) -> Result<()> {
+    let Some(diff_id) = diff_id else { return Ok(()) };
+    let wanted = labels.get(SNAPSHOT_REF).map(String::as_str).unwrap_or_default();
+    let parent = match below {
+        Below::Nothing => None,
+        Below::Chain(parent) => Some(parent),
+        Below::Unknown => {
+            let message = format!("it is not known what {wanted} stands on");
+            return Err(
+                Fault::new(Code::FailedPrecondition, message).with_class(Class::Environment)
+            );
+        }
+    };
+    let chain = ChainId::extend(parent, diff_id);
+    if chain.to_string() == wanted {
+        return Ok(());
+    }
+    let message = format!(
+        "its tar has the digest {diff_id}, which makes it {chain}, and the image's config says \
+         {wanted}"
+    );
+    Err(Fault::new(Code::DataLoss, message).with_class(Class::Environment))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,5 +123,26 @@ mod tests {
         ] {
             assert_eq!(Wanted::of(&wrong), None, "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn a_chain_id_says_which_layer_it_is() {
+        let [one, two] = ["one", "two"].map(|tar| DiffId(Digest::of(tar)));
+        let base = ChainId::extend(None, one);
+        let of = |chain: ChainId| labels(&[(SNAPSHOT_REF, &chain.to_string())]);
+        vouch(Some(one), &of(base), Below::Nothing).unwrap();
+        vouch(Some(two), &of(ChainId::extend(Some(base), two)), Below::Chain(base)).unwrap();
+        // What nobody has read as a whole.
+        vouch(None, &of(base), Below::Unknown).unwrap();
+        for (diff_id, chain, below, code) in [
+            (two, base, Below::Nothing, Code::DataLoss),
+            (one, base, Below::Chain(base), Code::DataLoss),
+            (two, ChainId::extend(None, two), Below::Chain(base), Code::DataLoss),
+            (one, base, Below::Unknown, Code::FailedPrecondition),
+        ] {
+            let fault = vouch(Some(diff_id), &of(chain), below).unwrap_err();
+            assert_eq!(fault.code(), code, "{fault}");
+        }
+        vouch(Some(one), &labels(&[]), Below::Nothing).unwrap_err();
     }
 }

@@ -11,11 +11,13 @@
 //! - [`labels`]: what containerd says of a layer; [`credentials`]: whom registries see.
 //! - [`resolve`]: from labels to a layer that is served.
 //! - [`plain`]: ordinary layers, which are lazy when they are pulled again.
+//! - [`fast`]: ordinary layers that are pulled as a whole.
 //! - [`link`]: the connection to the keeper; [`keeper`]: how one is started.
 //! - [`spans`]: which files are neighbors; [`learning`]: what was read first, and in which order.
 //! - [`report`]: what is told of layers.
 
 mod credentials;
+mod fast;
 pub mod keeper;
 mod labels;
 mod learning;
@@ -26,14 +28,14 @@ mod resolve;
 mod spans;
 
 pub use labels::Wanted;
-pub use report::{LayerReport, Report, Totals};
+pub use report::{LayerReport, PullReport, Report, Totals};
 
 use crate::{config::Config, keyring::Keyring};
 use credentials::AllCredentials;
 use learning::Learning;
 use link::{Link, Registered, Starter, served_files};
 use parking_lot::{Mutex, MutexGuard};
-use resolve::Resolver;
+use resolve::{Found, Resolver};
 use shipway_estargz::DATA_BLOCK;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_host::Disk;
@@ -41,7 +43,7 @@ use shipway_keeper::client::News;
 use shipway_layermount::{Source, Tier};
 use shipway_layerstore::{Error, Good, Layer, LayerNumber, LayerStore, Options, State, Use};
 use shipway_lazyfetch::{Event, Fetcher, Finish, Settings, Whole};
-use shipway_snapstore::{Labels, LayerId, LazyLayers, Restored, Usage};
+use shipway_snapstore::{Below, Labels, LayerId, LazyLayers, Restored, Usage};
 use spans::Neighbors;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -92,6 +94,7 @@ pub struct Lazy {
     learning: Learning,
     /// Ordinary layers that are to be lazy the next time.
     plain: plain::Queue,
+    pulls: fast::Pulls,
     runtime: Handle,
     /// Layers to be brought whole, in order.
     wanted_whole: UnboundedSender<u32>,
@@ -182,6 +185,7 @@ impl Lazy {
                 Duration::from_secs(config.lazy.learn),
             )?,
             plain,
+            pulls: fast::Pulls::default(),
             runtime,
             wanted_whole,
             reading: Mutex::default(),
@@ -505,12 +509,17 @@ impl Lazy {
         let limit = Duration::from_secs(self.config.lazy.resolve_timeout);
         let found = self.runtime.block_on(async {
             let work = self.resolver.resolve(self, wanted);
-            tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+            let found = tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
                 Err(Fault::new(
                     shipway_fault::Code::DeadlineExceeded,
                     format!("the layer was not found within {limit:.0?}"),
                 ))
-            })
+            });
+            match found? {
+                Found::Layer(layer) => Ok(layer),
+                // It takes as long as a pull takes, which ends by itself if nothing comes.
+                Found::Pull(pull) => pull.ended().await,
+            }
         })?;
         if let State::Lying(difference) = found.state() {
             return Err(Fault::new(
@@ -579,13 +588,17 @@ impl LazyLayers for LazyPort {
         restored
     }
 
-    fn find(&self, labels: &Labels) -> Option<LayerId> {
+    fn find(&self, labels: &Labels, below: Below) -> Option<LayerId> {
         let lazy = &self.0;
         if lazy.tier == Tier::NotLazy {
             return None;
         }
         let wanted = Wanted::of(labels)?;
-        match lazy.find_layer(&wanted) {
+        let found = lazy.find_layer(&wanted).and_then(|layer| {
+            labels::vouch(layer.diff_id(), labels, below)?;
+            Ok(layer)
+        });
+        match found {
             Ok(layer) => {
                 lazy.hold(&layer);
                 lazy.ahead(&wanted.image, wanted.manifest, &layer);

@@ -34,7 +34,7 @@ const MAX_REFUSED: usize = 64;
 /// Pieces of a blob that wait to be read.
 const PIECES: usize = 4;
 /// Bytes of them that are looked at together.
-const BUFFER: usize = 64 << 10;
+pub(super) const BUFFER: usize = 64 << 10;
 
 /// A layer that was unpacked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,7 +204,7 @@ impl Lazy {
 }
 
 /// How a blob is compressed, by its first bytes.
-fn codec(blob: &mut BufReader<impl Read>) -> Result<Codec> {
+pub(super) fn codec(blob: &mut BufReader<impl Read>) -> Result<Codec> {
     let start = blob.fill_buf().map_err(|e| Fault::io("read a blob", e))?;
     match start {
         [0x1f, 0x8b, ..] => Ok(Codec::Gzip),

@@ -23,10 +23,28 @@ pub struct Report {
     pub totals: Totals,
     /// All layers.
     pub layers: Vec<LayerReport>,
+    /// How ordinary layers are pulled that were never here: by `containerd`, or `fast`.
+    pub pull: String,
+    /// The layers that are being pulled as a whole.
+    pub pulling: Vec<PullReport>,
     /// How many ordinary layers wait for being made lazy.
     pub waiting: usize,
     /// Those that cannot be, by the digests of their blobs, and why.
     pub refused: Vec<(String, String)>,
+}
+
+/// A layer on its way. Sizes are in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PullReport {
+    /// Digest of its blob.
+    pub digest: String,
+    /// The image that it is of.
+    pub image: String,
+    /// Of its blob.
+    pub size: u64,
+    /// Of its blob that has come.
+    pub received: u64,
 }
 
 /// Sums over all layers. Sizes are in bytes, times in seconds.
@@ -136,6 +154,8 @@ impl Lazy {
         };
         let (waiting, refused) = self.plain.report();
         Report {
+            pull: self.config.lazy.pull.to_string(),
+            pulling: self.pulls.report(),
             waiting,
             refused,
             tier: self.tier.to_string(),

@@ -1,8 +1,8 @@
 //! From the labels of a Prepare to a layer that is served. All layers of an image are looked for as
 //! soon as its first one is asked for, and each once however many ask.
 
-use super::{Lazy, credentials::AllCredentials, labels::Wanted};
-use crate::config::Config;
+use super::{Lazy, credentials::AllCredentials, fast::Pull, labels::Wanted};
+use crate::config::{self, Config};
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
@@ -50,6 +50,14 @@ fn cell_of<K: PartialEq, T>(all: &Mutex<Vec<(K, Shared<T>)>>, key: K) -> Shared<
     known.insert(0, (key, cell.clone()));
     known.truncate(MANIFESTS);
     cell
+}
+
+/// A layer that was found.
+pub enum Found {
+    /// It can be used.
+    Layer(Arc<Layer>),
+    /// It comes.
+    Pull(Pull),
 }
 
 /// Finds layers.
@@ -210,21 +218,51 @@ impl Resolver {
 
     /// The layer that is wanted, served. The image's other layers are made meanwhile, and what will
     /// be read of all of them first is found out.
-    pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Arc<Layer>> {
+    pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Found> {
         if wanted.has_toc() || self.has_plain(lazy, wanted.layer) {
             let (all, of) = (lazy.clone(), wanted.clone());
             shipway_task::spawn_on(&lazy.runtime, "make other layers", async move {
                 match all.resolver.image_of(&of).await {
-                    Ok(image) => Self::prepare(&all, &of.image, &image),
+                    Ok(image) => {
+                        Self::prepare(&all, &of.image, &image);
+                        Self::pull_above(&all, &of, &image);
+                    }
                     Err(fault) => tracing::debug!(image = %of.image, %fault, "no manifest"),
                 }
             });
-            return self.make(lazy, &wanted.image, wanted.layer, None, &wanted.annotations).await;
+            return self
+                .make(lazy, &wanted.image, wanted.layer, None, &wanted.annotations)
+                .await
+                .map(Found::Layer);
         }
         let image = self.image_of(wanted).await?;
         Self::prepare(lazy, &wanted.image, &image);
         let own = image.layers.iter().find(|l| l.digest == wanted.layer).ok_or_else(not_lazy)?;
-        self.make(lazy, &wanted.image, own.digest, Some(own.size), &own.annotations).await
+        let pull = self.is_pulled(lazy, own).then(|| lazy.pull(&wanted.image, own));
+        Self::pull_above(lazy, wanted, &image);
+        match pull {
+            Some(pull) => Ok(Found::Pull(pull)),
+            None => self
+                .make(lazy, &wanted.image, own.digest, Some(own.size), &own.annotations)
+                .await
+                .map(Found::Layer),
+        }
+    }
+
+    /// Whether a layer is pulled as a whole.
+    fn is_pulled(&self, lazy: &Lazy, layer: &Descriptor) -> bool {
+        lazy.config.lazy.pull == config::Pull::Fast
+            && matches!(Annotated::read(&layer.annotations), Ok(None))
+            && !self.has_plain(lazy, layer.digest)
+    }
+
+    /// Begins to pull the layers above the one that is wanted, which are wanted next. Those below
+    /// are there.
+    fn pull_above(lazy: &Arc<Lazy>, wanted: &Wanted, image: &Image) {
+        let above = image.layers.iter().skip_while(|layer| layer.digest != wanted.layer).skip(1);
+        for layer in above.filter(|layer| lazy.resolver.is_pulled(lazy, layer)) {
+            drop(lazy.pull(&wanted.image, layer));
+        }
     }
 
     /// Begins to make all layers of an image, and to fetch what will be read first.
@@ -284,7 +322,9 @@ impl Resolver {
 
     /// Whether an ordinary layer was unpacked here before.
     fn has_plain(&self, lazy: &Lazy, layer: Digest) -> bool {
-        lazy.config.lazy.plain && lazy.store.find(&LayerKey::plain(layer)).is_some()
+        let settings = &lazy.config.lazy;
+        (settings.plain || settings.pull == config::Pull::Fast)
+            && lazy.store.find(&LayerKey::plain(layer)).is_some()
     }
 
     async fn make(
@@ -303,8 +343,7 @@ impl Resolver {
         let cell = lock(&self.making).entry(key).or_default().clone();
         let work = async || {
             let repository = image.locator();
-            let sources =
-                sources(&self.registry, std::slice::from_ref(image), &self.credentials).await?;
+            let sources = self.sources_at(image).await?;
             if let Some(layer) = lazy.store.find(&key) {
                 let (lazy, known) = (lazy.clone(), layer.clone());
                 shipway_task::blocking("make a layer", move || {
@@ -365,6 +404,11 @@ impl Resolver {
             }
         }
         Err(failed.unwrap_or_else(not_lazy))
+    }
+
+    /// Where the layers of an image are fetched from.
+    pub async fn sources_at(&self, image: &ImageName) -> Result<Vec<Arc<dyn Source>>> {
+        sources(&self.registry, std::slice::from_ref(image), &self.credentials).await
     }
 
     async fn sources(&self, layer: &Layer) -> Result<Vec<Arc<dyn Source>>> {

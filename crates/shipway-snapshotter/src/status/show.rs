@@ -4,7 +4,7 @@ use super::{Status, ask, ask_now, runtime};
 use crate::{
     config::Config,
     keyring::Known,
-    lazy::{LayerReport, Report},
+    lazy::{LayerReport, PullReport, Report},
 };
 use clap::Args;
 use rustix::termios::{isatty, tcgetwinsize};
@@ -194,6 +194,11 @@ fn write_lazy(to: &mut String, report: &Report) -> std::fmt::Result {
     )?;
     writeln!(to, "layers     {}, {} on the disk", report.layers.len(), size(report.bytes))?;
     report.layers.iter().try_for_each(|layer| write_layer(to, layer))?;
+    writeln!(to, "pull       {}", report.pull)?;
+    for PullReport { digest, image, size: all, received } in &report.pulling {
+        let short = digest.get(..19).unwrap_or(digest);
+        writeln!(to, "           {short} {} of {}, of {image}", size(*received), size(*all))?;
+    }
     if report.waiting > 0 {
         writeln!(to, "plain      {} layers are yet to be made lazy", report.waiting)?;
     }
@@ -296,6 +301,13 @@ mod tests {
             keeper: true,
             totals,
             layers: vec![layer, plain],
+            pull: "fast".into(),
+            pulling: vec![PullReport {
+                digest: format!("sha256:{}", "c".repeat(64)),
+                image: "r.example/next:1".into(),
+                size: 9 << 20,
+                received: 3 << 19,
+            }],
             waiting: 2,
             refused: vec![(format!("sha256:{}", "b".repeat(64)), "it is one frame".into())],
             ..Report::default()
@@ -310,6 +322,7 @@ mod tests {
             "lazy       by way of file\n",
             "   7 sha256:aaaaaaaaaaaa lazy, served by way of file: 200.0 MiB, 50% local, 25% verified\n",
             "   8 sha256:aaaaaaaaaaaa plain, lazy, served",
+            "pull       fast\n           sha256:cccccccccccc 1.5 MiB of 9.0 MiB, of r.example/next:1\n",
             "plain      2 layers are yet to be made lazy\n",
             "plain      sha256:bbbbbbbbbbbb is not lazy: it is one frame\n",
             "from the network 3.0 MiB in 12 requests, from the disk 512 bytes; 5 reads waited (half within 23 ms, worst 1.5 s), 0 failed\n",

@@ -99,6 +99,24 @@ fn a_layer_that_need_not_be_unpacked_is_a_committed_snapshot_at_once() {
 }
 
 #[test]
+fn a_layer_is_asked_for_with_what_is_below_it() {
+    let lab = lab(at_once());
+    let base = lab.ask("one/1/x", None, 1, 5);
+    let above = lab.ask("one/2/y", Some(&base), 2, 6);
+    lab.ask("one/3/z", Some(&above), 3, 7);
+    // One that containerd unpacked, by its name, and one that is no layer.
+    for committed in [&*chain(4), "other"] {
+        let committed = name(&format!("one/4/{committed}"));
+        lab.store.prepare(&name("one/4/work"), None, Labels::new()).unwrap();
+        lab.store.commit(&committed, &name("one/4/work"), Labels::new()).unwrap();
+        lab.ask(&format!("{committed}-above"), Some(&committed), 5, 8);
+    }
+    let known = |n| Below::Chain(chain(n).parse().unwrap());
+    let want = [Below::Nothing, known(1), known(2), known(4), Below::Unknown];
+    assert_eq!(lab.layers.below(), want);
+}
+
+#[test]
 fn overlays_mix_both_and_have_numbers_as_on_one_file_system() {
     for (xino, mount_options, expected) in [
         (Xino::On, None, "xino=on"),

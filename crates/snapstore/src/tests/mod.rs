@@ -7,8 +7,8 @@ mod model;
 mod sharing;
 
 use crate::{
-    Filters, Info, Labels, LayerId, LazyLayers, Mount, Name, NoLazyLayers, Options, Restored,
-    Store, Usage,
+    Below, Filters, Info, Labels, LayerId, LazyLayers, Mount, Name, NoLazyLayers, Options,
+    Restored, Store, Usage,
 };
 use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Code, Fault, Result};
@@ -107,6 +107,8 @@ struct State {
     releases: u32,
     mounts: u32,
     unmounts: u32,
+    /// What was below the layers that were asked for.
+    below: Vec<Below>,
     /// Namespaces and layers of what was committed.
     unpacked: Vec<(String, String)>,
 }
@@ -157,6 +159,11 @@ impl Layers {
         self.state().lost.clear();
     }
 
+    /// What was below the layers that were asked for since the last call.
+    pub(crate) fn below(&self) -> Vec<Below> {
+        std::mem::take(&mut self.state().below)
+    }
+
     /// What was unpacked since the last call: namespaces and layers.
     pub(crate) fn unpacked(&self) -> Vec<(String, String)> {
         std::mem::take(&mut self.state().unpacked)
@@ -180,10 +187,11 @@ impl LazyLayers for Layers {
         Restored { mounted: state.mounted.clone(), lost }
     }
 
-    fn find(&self, labels: &Labels) -> Option<LayerId> {
+    fn find(&self, labels: &Labels, below: Below) -> Option<LayerId> {
         let layer = LayerId(labels.get("layer")?.parse().ok()?);
         let mut state = self.state();
         state.finds += 1;
+        state.below.push(below);
         while state.held_up {
             drop(state);
             std::thread::yield_now();
