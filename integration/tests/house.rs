@@ -35,7 +35,6 @@ const CONVERSIONS: [&str; 8] =
 /// no more leaves this list.
 const CIRCLES: &[(&str, &[&str])] = &[
     ("shipway-snapshotter", &["config", "lazy", "metrics", "status"]),
-    ("shipway", &["command", "connect"]),
     ("keeper", &["engine", "layer", "tree"]),
     ("bake", &["eval", "functions"]),
     ("bake", &["compose", "files"]),

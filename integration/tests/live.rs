@@ -18,6 +18,7 @@ mod cri;
 mod devices;
 mod dockerd;
 mod doctor;
+mod drivers;
 mod errors;
 mod exact;
 mod exact_random;

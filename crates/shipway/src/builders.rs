@@ -20,7 +20,7 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use shipway_client::ClientTls;
-use shipway_fault::{Code, Context, Fault, Result, nearest};
+use shipway_fault::{Context, Fault, Result, nearest};
 use shipway_oci::Digest;
 
 use crate::output;
@@ -100,25 +100,6 @@ impl Node {
     }
 }
 
-impl Builder {
-    /// Whether the driver is one that we have.
-    pub(crate) fn check_driver(&self) -> Result<()> {
-        if self.driver == "remote" && !self.nodes.is_empty() {
-            return Ok(());
-        }
-        let fault = Fault::new(
-            Code::Unimplemented,
-            format!(
-                "the builder {} has the driver {:?}, which is not implemented",
-                self.name, self.driver
-            ),
-        );
-        Err(fault
-            .hint("make one with --driver remote and the address of a running daemon")
-            .hint("or name the daemon's address with --addr, such as docker-container://NAME"))
-    }
-}
-
 /// The state, as long as nobody else may change it.
 pub(crate) struct Store {
     dir: PathBuf,
@@ -128,7 +109,7 @@ pub(crate) struct Store {
 }
 
 /// A name as files have it.
-fn checked(name: &str) -> Result<String> {
+pub(crate) fn checked(name: &str) -> Result<String> {
     let is_fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
     match name.starts_with(|c: char| c.is_ascii_alphabetic()) && name.chars().all(is_fine) {
         true => Ok(name.to_lowercase()),
@@ -245,6 +226,11 @@ impl Store {
         let lock = options.open(dir.join(".lock")).map_err(failed)?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|e| failed(e.into()))?;
         Ok(Self { dir, key, _lock: lock })
+    }
+
+    /// The endpoint of Docker that is used: a context's name, or an address.
+    pub(crate) fn docker_endpoint(&self) -> &str {
+        &self.key
     }
 
     /// The builder `name`.

@@ -133,7 +133,7 @@ impl ConnectArgs {
         if persona != Persona::Shipway || self.addr.as_ref().is_some_and(|a| !a.is_empty()) {
             return Ok(None);
         }
-        let checked = |builder: Builder| builder.check_driver().map(|()| Some(builder));
+        let checked = |builder: Builder| builder.driver().map(|_| Some(builder));
         if let Some(name) = &self.builder {
             return checked(Store::open()?.need(name).context(|| "--builder")?);
         }
@@ -145,7 +145,7 @@ impl ConnectArgs {
         }
         // One of another driver is buildx's to use.
         let current = Store::open_existing()?.map(|store| store.current()).transpose()?.flatten();
-        Ok(current.filter(|builder| builder.check_driver().is_ok()))
+        Ok(current.filter(|builder| builder.driver().is_ok()))
     }
 
     /// The nodes of the builder, or the daemon; nothing is connected yet.

@@ -16,6 +16,7 @@ mod builders;
 mod command;
 mod connect;
 mod csv;
+mod driver;
 mod explain;
 mod failure;
 mod metrics;

@@ -9,7 +9,10 @@ use shipway_fault::{Context, Fault, Result};
 use shipway_oci::Platform;
 use tokio::sync::OnceCell;
 
-use crate::builders::{Builder, Node};
+use crate::{
+    builders::{Builder, Node},
+    driver::Driver,
+};
 
 /// The nodes of a builder, or the daemon at an address.
 pub(crate) struct Nodes {
@@ -28,7 +31,7 @@ struct Member {
 /// How a node is connected to.
 enum Reach {
     Address(Location, ConnectOptions),
-    Node { driver: String, node: Box<Node>, wait: bool },
+    Node { driver: Driver, node: Box<Node>, wait: bool },
 }
 
 /// What one node builds of a target.
@@ -123,11 +126,11 @@ impl Nodes {
     /// The nodes of `builder`, if its driver is known; with `wait`, connecting waits until they
     /// answer.
     pub(crate) fn of(builder: Builder, wait: bool) -> Result<Self> {
-        builder.check_driver()?;
+        let driver = builder.driver()?;
         let member = |node: Node| Member {
             name: node.name.clone(),
             declared: node.platforms.clone().unwrap_or_default(),
-            reach: Reach::Node { driver: builder.driver.clone(), node: Box::new(node), wait },
+            reach: Reach::Node { driver, node: Box::new(node), wait },
             client: OnceCell::new(),
         };
         Ok(Self { members: builder.nodes.into_iter().map(member).collect(), builder: builder.name })
@@ -149,9 +152,7 @@ impl Nodes {
         let client = member.client.get_or_try_init(|| async {
             match &member.reach {
                 Reach::Address(location, options) => Client::connect(location, options).await,
-                Reach::Node { driver, node, wait } => {
-                    crate::command::builders::connect(driver, node, *wait).await
-                }
+                Reach::Node { driver, node, wait } => driver.connect(node, *wait).await,
             }
         });
         client.await.cloned()

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use shipway_fault::Result;
+use shipway_fault::{Code, Fault, Result};
 
 use crate::{
     Persona,
@@ -77,10 +77,31 @@ enum Command {
     Inspect(builders::InspectArgs),
     Rm(builders::RemoveArgs),
     Stop(builders::StopArgs),
+    /// Policies in Rego, which are not implemented
+    #[command(hide = true)]
+    Policy(PolicyArgs),
     #[command(hide = true)]
     Completion(completion::CompletionArgs),
     #[command(hide = true)]
     Manuals(completion::ManualArgs),
+}
+
+/// Any arguments: what they ask for is refused by its name.
+#[derive(clap::Args, Debug)]
+struct PolicyArgs {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
+impl PolicyArgs {
+    fn refuse(&self) -> Fault {
+        let what = self.arguments.first().map_or("policy", String::as_str);
+        Fault::new(
+            Code::Unimplemented,
+            format!("policy {what}: policies in Rego are not implemented"),
+        )
+        .hint("write rules as JSON, and give them to build with --source-policy-file")
+    }
 }
 
 pub(crate) async fn main() -> Result<ExitCode> {
@@ -117,7 +138,8 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::Ls => builders::list().await,
         Command::Inspect(args) => builders::inspect(args).await,
         Command::Rm(args) => builders::remove(args).await,
-        Command::Stop(args) => builders::stop(&args),
+        Command::Stop(args) => builders::stop(args).await,
+        Command::Policy(args) => Err(args.refuse()),
         Command::Completion(args) => completion::print(Line::command(), &args),
         Command::Manuals(args) => completion::manuals(Line::command(), &args),
     }

@@ -110,6 +110,12 @@ fn mistakes_are_named() {
     );
     check("shipway", &["history", "rm"], 2, &["REF"]);
     check("shipway", &["debug", "ctl", "x"], 2, &["--pin"]);
+    check(
+        "shipway",
+        &["policy", "eval", "--print", "x"],
+        1,
+        &["policy eval: policies in Rego are not implemented", "hint: write rules as JSON"],
+    );
     check("buildctl", &["debug", "dump-metadata"], 1, &["no such file", "hint: "]);
     check("shipway", &["build", "/no/such"], 1, &["unable to prepare context: open /no/such"]);
     check("shipway", &["build", "--progress", "plane", "."], 2, &["invalid progress mode plane"]);
