@@ -6,7 +6,7 @@
 use std::process::Output;
 
 use serde_json::Value;
-use shipway_integration::any;
+use shipway_integration::{any, git_daemon};
 use shipway_testkit::Lab;
 
 const DEFINITION: &str = r#"
@@ -191,4 +191,77 @@ fn both_programs_see_the_same_builders() {
     let removed = ours(&["rm", "two", "one"]);
     assert!(removed.status.success(), "{}", text(&removed.stderr));
     assert!(!theirs(&["ls"]).contains("two"));
+}
+
+/// A definition in a repository: its contexts are there, wherever bake is run, and both programs
+/// make the same plan of it.
+#[test]
+fn a_definition_from_elsewhere_has_its_contexts_there() {
+    let lab = Lab::complete(any());
+    let definition = r#"
+group "default" { targets = ["top", "sub"] }
+target "top" { output = ["out/top"] }
+target "sub" {
+  context  = "sub"
+  contexts = { other = "other" }
+  output   = ["out/sub"]
+}
+target "here" {
+  context           = BAKE_CMD_CONTEXT
+  dockerfile-inline = "FROM scratch\nCOPY local /\n"
+  output            = ["out/here"]
+}
+target "greedy" {
+  inherits = ["top"]
+  secret   = ["id=x,src=/etc/hostname"]
+}
+"#;
+    let files = [
+        ("repo/docker-bake.hcl", definition),
+        ("repo/Dockerfile", "FROM scratch\nCOPY top /\n"),
+        ("repo/top", "of the top"),
+        ("repo/sub/Dockerfile", "FROM scratch\nCOPY file /\nCOPY --from=other o /\n"),
+        ("repo/sub/file", "below"),
+        ("repo/other/o", "beside"),
+        ("work/local", "of this machine"),
+    ];
+    let base = lab.context("elsewhere", &files);
+    let git = "git init -q -b main . && git config user.email a@b && git config user.name n && \
+               git add . && git commit -qm 1";
+    let mut command = std::process::Command::new("sh");
+    let made = command.args(["-c", git]).current_dir(base.join("repo")).output().unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let (_daemon, port) = git_daemon(&base);
+    let url = format!("git://127.0.0.1:{port}/repo#main");
+    let work = base.join("work");
+    let bake = |arguments: &[&str]| {
+        let mut command = lab.shipway_command();
+        command.args(["bake", "--progress", "plain", &url]).args(arguments);
+        command.current_dir(&work).output().unwrap()
+    };
+    let made = bake(&["default", "here"]);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    for (path, want) in [
+        ("out/top/top", "of the top"),
+        ("out/sub/file", "below"),
+        ("out/sub/o", "beside"),
+        ("out/here/local", "of this machine"),
+    ] {
+        assert_eq!(std::fs::read_to_string(work.join(path)).unwrap(), want, "{path}");
+    }
+    let greedy = text(&bake(&["greedy"]).stderr);
+    assert!(greedy.contains("--allow fs.read=/etc/hostname"), "{greedy}");
+    let plan: Value = serde_json::from_slice(&bake(&["--print", "here", "sub"]).stdout).unwrap();
+    assert_eq!(plan["target"]["sub"]["context"], format!("git://127.0.0.1:{port}/repo#main:sub"));
+    let Some(mut buildx) = lab.buildx() else { return eprintln!("docker-buildx is absent") };
+    let theirs = buildx.args(["bake", "--print", &url, "here", "sub"]).current_dir(&work);
+    let theirs = theirs.output().unwrap();
+    assert!(theirs.status.success(), "{}", text(&theirs.stderr));
+    let mut theirs: Value = serde_json::from_slice(&theirs.stdout).unwrap();
+    // Older versions print the directory without its repository.
+    let context = theirs["target"]["sub"]["context"].take();
+    let ours = plan["target"]["sub"]["context"].clone();
+    assert!(context == "sub" || context == ours, "{context}");
+    theirs["target"]["sub"]["context"] = ours;
+    assert_eq!(plan, theirs);
 }

@@ -110,7 +110,23 @@ impl Client {
     /// What the file `path` of the state that `definition` makes holds, such as a download; there
     /// are at most 16 MiB of it.
     pub async fn read(&self, definition: Definition, path: &str) -> Result<Vec<u8>> {
-        let options = SolveOptions { internal: true, ..SolveOptions::default() };
+        let options = SolveOptions::default();
+        self.read_files(definition, &[path], None, options)
+            .await?
+            .pop()
+            .unwrap_or_else(|| Err(Fault::internal("a file was not read")))
+    }
+
+    /// What the files `paths` of the state that `definition` makes hold, each on its own: the first
+    /// `limit` bytes, or at most 16 MiB. `options` have what making the state may ask for.
+    pub async fn read_files(
+        &self,
+        definition: Definition,
+        paths: &[&str],
+        limit: Option<u64>,
+        options: SolveOptions,
+    ) -> Result<Vec<Result<Vec<u8>>>> {
+        let options = SolveOptions { internal: true, ..options };
         let ask = wire::SolveRequest {
             definition: Some(definition.into_wire()),
             allow_result_return: true,
@@ -125,13 +141,21 @@ impl Client {
             Some(wire::result::Result::Ref(one)) => one.id,
             _ => String::new(),
         };
-        let read =
-            wire::ReadFileRequest { file_path: path.to_owned(), r#ref: id, ..Default::default() };
+        let length = limit.map(|limit| i64::try_from(limit).unwrap_or(i64::MAX));
+        let range = length.map(|length| wire::FileRange { offset: 0, length });
         let mut gateway = gateway(held.channel.clone());
-        let read = gateway.read_file(question::of_build(read, &held.id)).await;
-        let released = held.release().await;
-        let data = read.map_err(|s| fault_of(&s))?.into_inner().data;
-        released.map(|()| data)
+        let mut files = Vec::new();
+        for path in paths {
+            let read = wire::ReadFileRequest {
+                file_path: (*path).to_owned(),
+                r#ref: id.clone(),
+                range,
+                ..Default::default()
+            };
+            let read = gateway.read_file(question::of_build(read, &held.id)).await;
+            files.push(read.map(|read| read.into_inner().data).map_err(|s| fault_of(&s)));
+        }
+        held.release().await.map(|()| files)
     }
 
     /// Begins a build that stays open, and asks the gateway for `ask` in it.

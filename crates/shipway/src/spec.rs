@@ -105,10 +105,31 @@ pub(crate) fn cache(text: &str, flag: &str, export: bool) -> Result<CacheEntry> 
     if export {
         attrs.entry("mode".to_owned()).or_insert_with(|| "min".to_owned());
     }
-    if kind == "gha" {
-        github(&mut attrs, |name| std::env::var(name).ok())?;
+    let env = |name: &str| std::env::var(name).ok();
+    match kind.as_str() {
+        "gha" => github(&mut attrs, env)?,
+        "s3" => amazon(&mut attrs, env),
+        _ => {}
     }
     Ok(CacheEntry { kind, attrs })
+}
+
+/// The keys to a bucket that the environment has, unless some are given; without any, the daemon
+/// has its own.
+fn amazon(attrs: &mut BTreeMap<String, String>, env: impl Fn(&str) -> Option<String>) {
+    let env = |name: &str| env(name).filter(|value| !value.is_empty());
+    let named = ["access_key_id", "secret_access_key", "session_token"];
+    if named.iter().any(|key| attrs.contains_key(*key)) {
+        return;
+    }
+    // Half of a pair opens nothing, and would keep the daemon from using its own.
+    if let (Some(id), Some(secret)) = (env("AWS_ACCESS_KEY_ID"), env("AWS_SECRET_ACCESS_KEY")) {
+        attrs.insert("access_key_id".to_owned(), id);
+        attrs.insert("secret_access_key".to_owned(), secret);
+        if let Some(token) = env("AWS_SESSION_TOKEN") {
+            attrs.insert("session_token".to_owned(), token);
+        }
+    }
 }
 
 /// What a GitHub runner's environment says of its cache (row `rc.gha.env`): address, token and
@@ -147,11 +168,12 @@ pub(crate) fn cache_mounts(
     direction: Direction,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<CacheEntry> {
-    let (kind, attrs) = typed_or_reference(text, flag)?;
-    let entry = amazon(CacheEntry { kind, attrs }, env);
-    Request::of(&entry.kind, &entry.attrs, direction)
-        .map_err(|fault| fault.context(flag.to_owned()))?;
-    Ok(entry)
+    let (kind, mut attrs) = typed_or_reference(text, flag)?;
+    if kind == "s3" {
+        amazon(&mut attrs, env);
+    }
+    Request::of(&kind, &attrs, direction).map_err(|fault| fault.context(flag.to_owned()))?;
+    Ok(CacheEntry { kind, attrs })
 }
 
 /// A type with attributes; a bare name is the reference of something in a registry.
@@ -163,24 +185,6 @@ fn typed_or_reference(text: &str, flag: &str) -> Result<(String, BTreeMap<String
     } else {
         Ok(("registry".to_owned(), BTreeMap::from([("ref".to_owned(), text.to_owned())])))
     }
-}
-
-/// Credentials of the environment for a cache in S3, unless it has some, as buildx fills them in;
-/// otherwise the daemon's own count.
-pub(crate) fn amazon(mut cache: CacheEntry, env: &dyn Fn(&str) -> Option<String>) -> CacheEntry {
-    let attrs = &mut cache.attrs;
-    let named = ["access_key_id", "secret_access_key", "session_token"];
-    if cache.kind != "s3" || named.iter().any(|key| attrs.contains_key(*key)) {
-        return cache;
-    }
-    let given = |name: &str| env(name).filter(|v| !v.is_empty());
-    // Half of a pair opens nothing, and would keep the daemon from using its own.
-    if let (Some(id), Some(secret)) = (given("AWS_ACCESS_KEY_ID"), given("AWS_SECRET_ACCESS_KEY")) {
-        attrs.insert("access_key_id".to_owned(), id);
-        attrs.insert("secret_access_key".to_owned(), secret);
-        attrs.extend(given("AWS_SESSION_TOKEN").map(|token| ("session_token".to_owned(), token)));
-    }
-    cache
 }
 
 /// Values of `--secret`.
@@ -439,26 +443,16 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_in_s3_takes_credentials_of_the_environment() {
-        let fill = |text: &str, environment: &[(&str, &str)]| {
-            let env = |name: &str| {
-                environment.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned())
-            };
-            let attrs = amazon(cache(text, "--cache", false).expect("a cache"), &env).attrs;
-            let secrets = ["access_key_id", "secret_access_key", "session_token"];
-            secrets.map(|key| attrs.get(key).cloned().unwrap_or_default()).join(" ")
+    fn keys_to_buckets_come_from_the_environment() {
+        let fill = |given: &[(&str, &str)], set: &[&str]| {
+            let mut attrs = given.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            amazon(&mut attrs, |name| set.contains(&name).then(|| name.to_owned()));
+            attrs.into_values().collect::<Vec<_>>().join(" ")
         };
-        let (id, secret, token) = (
-            ("AWS_ACCESS_KEY_ID", "i"),
-            ("AWS_SECRET_ACCESS_KEY", "s"),
-            ("AWS_SESSION_TOKEN", "t"),
-        );
-        assert_eq!(fill("type=s3", &[id, secret]), "i s ");
-        assert_eq!(fill("type=s3", &[id, secret, token]), "i s t");
-        assert_eq!(fill("type=s3", &[id, ("AWS_SECRET_ACCESS_KEY", "")]), "  ");
-        let own = "type=s3,access_key_id=a,secret_access_key=b";
-        assert_eq!(fill(own, &[id, secret, token]), "a b ");
-        assert_eq!(fill("type=gha,url=u,token=x", &[id, secret]), "  ");
+        let all = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
+        assert_eq!(fill(&[], &all), "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN");
+        assert_eq!(fill(&[], &all[..1]), "");
+        assert_eq!(fill(&[("access_key_id", "mine")], &all), "mine");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use shipway_client::{Client, Export, Outcome, SolveOptions, Status, Target, Uploads};
-use shipway_fault::{Context, Fault, Result};
+use shipway_fault::{Code, Context, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_imagetools::{Annotation, Open, Plan, Request, SourceSpec};
 use shipway_oci::{ImageName, gojson};
@@ -78,20 +78,23 @@ fn is_set(export: &Export, attr: &str) -> bool {
     export.attrs.get(attr).and_then(|value| parse_bool(value)) == Some(true)
 }
 
+fn refused(what: String) -> Fault {
+    Fault::new(Code::Unimplemented, what)
+}
+
 /// Refuses what cannot be put together from parts.
 fn check(export: &Export) -> Result<()> {
     match &export.target {
-        Target::Dir { delete: true, path } => Err(Fault::unimplemented(format!(
-            "several nodes that write {} and delete what is not theirs",
+        Target::Dir { delete: true, path } => Err(refused(format!(
+            "several nodes cannot write {} and delete what is not theirs",
             path.display()
         ))
         .hint("leave out mode=delete")),
-        Target::File(_) | Target::Layout(_) => Err(Fault::unimplemented(format!(
-            "{} for multi-node builds currently not supported",
-            export.kind
-        ))
-        .hint("push the image, or write directories with --output type=local,dest=DIR")
-        .hint("or build one platform at a time with --platform")),
+        Target::File(_) | Target::Layout(_) => {
+            Err(refused(format!("{} for multi-node builds currently not supported", export.kind))
+                .hint("push the image, or write directories with --output type=local,dest=DIR")
+                .hint("or build one platform at a time with --platform"))
+        }
         Target::Dir { .. } | Target::None => Ok(()),
     }
 }

@@ -1,23 +1,26 @@
 //! `shipway bake`: what definitions in HCL, JSON or Compose files say is to be built, with the
 //! flags of `docker buildx bake` (rows `bx.bake.*`).
 //!
-//! `plan` finds files and evaluates them, `permit` says what was not allowed, `build` carries the
-//! targets out.
+//! `plan` finds files and evaluates them, `remote` fetches those from elsewhere, `permit` says what
+//! was not allowed, `build` carries the targets out.
 
 mod build;
 mod permit;
 mod plan;
+mod remote;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use shipway_fault::{Fault, Result, nearest};
 
-use crate::{connect::ConnectArgs, csv, output, progress::Mode, table};
+use self::{plan::Origin, remote::Elsewhere};
+use crate::{Persona, connect::ConnectArgs, csv, output, progress::Mode, table};
 
 /// Build targets that a file defines
 #[derive(clap::Args, Debug, Default)]
 pub(crate) struct Args {
-    /// Targets and groups; patterns match several [default: default]
+    /// Targets and groups; patterns match several [default: default]. Before them, the URL of a Git
+    /// repository, archive or file with the definition, and that of a context
     #[arg(value_name = "TARGET")]
     targets: Vec<String>,
     /// Definition: HCL, JSON or Compose; - for standard input; may be repeated
@@ -73,18 +76,30 @@ pub(crate) struct Args {
     call: Option<String>,
 }
 
-pub(crate) async fn run(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitCode> {
+pub(crate) async fn run(connect: &ConnectArgs, mut args: Args, debug: bool) -> Result<ExitCode> {
     if args.print && args.list.is_some() {
         return Err(Fault::invalid("--print and --list are mutually exclusive"));
     }
+    let (url, context, targets) = remote::addresses(&args.targets);
+    args.targets = targets;
+    let elsewhere = match url {
+        Some(url) => {
+            let (names, optional) = plan::remote_names(&args)?;
+            let client = connect.connect(Persona::Shipway).await?;
+            Some(Elsewhere::fetch(&client, url, &names, optional).await?)
+        }
+        None => None,
+    };
+    let origin = Origin { elsewhere, context };
     if let Some(list) = args.list.clone() {
         let list = List::parse(&list)?;
-        let parsed = shipway_task::blocking("read the definition", move || plan::parse(&args));
+        let parse = move || plan::parse(&args, &origin);
+        let parsed = shipway_task::blocking("read the definition", parse);
         output::print(&list.show(parsed.await?)?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let (args, planned) = shipway_task::blocking("read the definition", move || {
-        let planned = plan::plan(&args)?;
+        let planned = plan::plan(&args, &origin)?;
         Ok((args, planned))
     })
     .await?;

@@ -19,7 +19,11 @@ use self::{
     call::Call,
     context::{Input, Place},
 };
-pub(crate) use self::{context::is_remote, options::context_name, target::Prepared};
+pub(crate) use self::{
+    context::{is_remote, is_tar},
+    options::context_name,
+    target::Prepared,
+};
 use crate::{
     Persona,
     builders::{BuildState, Store},
@@ -215,6 +219,9 @@ pub(crate) struct Args {
     /// Accepted for compatibility
     #[arg(long = "security-opt", hide = true)]
     security_opts: Vec<String>,
+    /// Directory of a context from elsewhere that is the context.
+    #[arg(skip)]
+    subdir: Option<String>,
 }
 
 impl Args {

@@ -15,11 +15,16 @@ use crate::command::build::is_remote;
 
 /// Refuses what was not allowed, and says which flags would allow it.
 pub(super) fn check(planned: &Planned) -> Result<()> {
-    let limits_files = match std::env::var("BUILDX_BAKE_ENTITLEMENTS_FS") {
-        Ok(text) => parse_bool(&text).ok_or_else(|| {
-            Fault::invalid(format!("failed to parse BUILDX_BAKE_ENTITLEMENTS_FS value {text:?}"))
-        })?,
-        Err(_) => true,
+    let flag = |name: &str| match std::env::var(name) {
+        Ok(text) => parse_bool(&text)
+            .map(Some)
+            .ok_or_else(|| Fault::invalid(format!("failed to parse {name} value {text:?}"))),
+        Err(_) => Ok(None),
+    };
+    let limits_files = match flag("BUILDX_BAKE_ENTITLEMENTS_FS")? {
+        Some(limits) => limits,
+        None if planned.is_remote => flag("BAKE_ALLOW_REMOTE_FS_ACCESS")? != Some(true),
+        None => true,
     };
     let (mut asked, mut flags) = (Vec::new(), Vec::new());
     let mut want = |what: String, flag: String| {
@@ -105,7 +110,10 @@ impl Needs {
             };
             let local = |c: &String| c.strip_prefix("cwd://").unwrap_or(c).to_owned();
             needs.read.extend(target.context.iter().filter(is_local).map(local));
-            needs.read.extend(target.contexts.values().filter(is_local).map(local));
+            // What a definition from elsewhere names is there, unless it says otherwise.
+            let is_here = |c: &&String| !planned.is_remote || c.starts_with("cwd://");
+            let contexts = target.contexts.values().filter(is_local).filter(is_here);
+            needs.read.extend(contexts.map(local));
             if target.dockerfile_inline.is_none() {
                 let file = planned.builds.get(name).and_then(|b| b.local_dockerfile());
                 needs.read.extend(file);

@@ -11,7 +11,10 @@ use shipway_fault::{Code, Context, Fault, Result};
 use shipway_gocompat::{parse_bool, path};
 use shipway_oci::Platform;
 
-use super::Args;
+use super::{
+    Args,
+    remote::{self, Elsewhere},
+};
 use crate::command::build::{self, is_remote};
 
 /// This machine.
@@ -45,6 +48,37 @@ impl Host for Here {
     }
 }
 
+/// This machine, for a definition from elsewhere, which names no files of it.
+struct Closed;
+
+impl Host for Closed {
+    fn env(&self, name: &str) -> Option<String> {
+        Here.env(name)
+    }
+
+    fn read(&self, _: &str) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    fn home(&self) -> Option<String> {
+        None
+    }
+
+    fn now(&self) -> SystemTime {
+        Here.now()
+    }
+
+    fn random(&self, bytes: &mut [u8]) -> Result<()> {
+        Here.random(bytes)
+    }
+}
+
+/// Where definitions come from besides this machine, and the context of the command line.
+pub(super) struct Origin {
+    pub(super) elsewhere: Option<Elsewhere>,
+    pub(super) context: String,
+}
+
 /// One byte more than a definition may have, at most.
 fn bounded(from: impl Read) -> io::Result<Vec<u8>> {
     let mut data = Vec::new();
@@ -54,6 +88,8 @@ fn bounded(from: impl Read) -> io::Result<Vec<u8>> {
 
 /// What is to be built, and what may be done for it.
 pub(super) struct Planned {
+    /// Whether the definition is from elsewhere.
+    pub(super) is_remote: bool,
     pub(super) plan: Plan,
     pub(super) granted: Granted,
     /// The arguments that `shipway build` would have for each target.
@@ -61,7 +97,7 @@ pub(super) struct Planned {
 }
 
 /// The names of files that are to be read; those that are looked for may be missing.
-fn names(args: &Args) -> Result<(Vec<String>, bool)> {
+fn names(args: &Args, is_remote: bool) -> Result<(Vec<String>, bool)> {
     if !args.files.is_empty() {
         return Ok((args.files.clone(), false));
     }
@@ -70,7 +106,7 @@ fn names(args: &Args) -> Result<(Vec<String>, bool)> {
         let separator = if separator.is_empty() { ":" } else { &separator };
         let files: Vec<String> =
             files.split(separator).map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
-        for file in files.iter().filter(|f| *f != "-") {
+        for file in files.iter().filter(|f| *f != "-" && !is_remote) {
             std::fs::metadata(file)
                 .map_err(|e| Fault::io(format!("$BUILDX_BAKE_FILE: stat {file}"), e))?;
         }
@@ -81,11 +117,24 @@ fn names(args: &Args) -> Result<(Vec<String>, bool)> {
     Ok((DEFAULT_FILES.map(str::to_owned).to_vec(), true))
 }
 
-fn files(args: &Args) -> Result<Vec<File>> {
-    let (names, optional) = names(args)?;
-    let mut files = Vec::new();
-    for name in names {
-        let name = name.strip_prefix("cwd://").unwrap_or(&name).to_owned();
+/// The names of files of a definition from elsewhere; those that are looked for may be missing.
+pub(super) fn remote_names(args: &Args) -> Result<(Vec<String>, bool)> {
+    let (names, optional) = names(args, true)?;
+    let names: Vec<String> = names.into_iter().filter(|n| !n.starts_with(LOCAL)).collect();
+    Ok(match names.is_empty() {
+        true => (DEFAULT_FILES.map(str::to_owned).to_vec(), true),
+        false => (names, optional),
+    })
+}
+
+/// What is on this machine.
+const LOCAL: &str = "cwd://";
+
+fn files(args: &Args, elsewhere: Option<&Elsewhere>) -> Result<Vec<File>> {
+    let (names, optional) = names(args, elsewhere.is_some())?;
+    let mut files = elsewhere.map(|e| e.files.clone()).unwrap_or_default();
+    for name in names.into_iter().filter(|n| elsewhere.is_none() || n.starts_with(LOCAL)) {
+        let name = name.strip_prefix(LOCAL).unwrap_or(&name).to_owned();
         let data = match name.as_str() {
             "-" => bounded(io::stdin()).map_err(|e| Fault::io("read standard input", e))?,
             path => match std::fs::File::open(path).and_then(bounded) {
@@ -103,17 +152,10 @@ fn files(args: &Args) -> Result<Vec<File>> {
 }
 
 /// Reads and evaluates the definition.
-pub(super) fn parse(args: &Args) -> Result<Parsed> {
-    if let Some(url) = args.targets.first().filter(|t| is_remote(t)) {
-        return Err(Fault::new(
-            Code::Unimplemented,
-            format!("definitions from elsewhere are not implemented: {url}"),
-        )
-        .hint("clone the repository, and run bake there"));
-    }
+pub(super) fn parse(args: &Args, origin: &Origin) -> Result<Parsed> {
     let mut options = Options::default();
     let platform = Platform::host().normalized().to_string();
-    options.builtins.insert("BAKE_CMD_CONTEXT".into(), "cwd://".into());
+    options.builtins.insert("BAKE_CMD_CONTEXT".into(), origin.context.clone());
     options.builtins.insert("BAKE_LOCAL_PLATFORM".into(), platform);
     options.no_env = std::env::var("BUILDX_BAKE_DISABLE_VARS_ENV_LOOKUP")
         .is_ok_and(|v| parse_bool(&v) == Some(true));
@@ -127,7 +169,12 @@ pub(super) fn parse(args: &Args) -> Result<Parsed> {
         };
         options.vars.insert(name.to_owned(), value);
     }
-    shipway_bake::parse(&files(args)?, &Here, &options)
+    let files = files(args, origin.elsewhere.as_ref())?;
+    shipway_bake::parse(&files, host(origin), &options)
+}
+
+fn host(origin: &Origin) -> &'static dyn Host {
+    if origin.elsewhere.is_some() { &Closed } else { &Here }
 }
 
 /// What flags mean, as values of `--set`.
@@ -171,19 +218,19 @@ impl Args {
 }
 
 /// Picks the targets, and checks what they say as far as that can be done without building.
-pub(super) fn plan(args: &Args) -> Result<Planned> {
+pub(super) fn plan(args: &Args, origin: &Origin) -> Result<Planned> {
     let mut granted = Granted::parse(&args.allow)?;
     let directory =
         std::env::current_dir().map_err(|e| Fault::io("find the current directory", e))?;
     let directory = directory.to_string_lossy().into_owned();
     granted.read.push(directory.clone());
     granted.write.push(directory);
-    let parsed = parse(args)?;
+    let parsed = parse(args, origin)?;
     let wanted = match args.targets.is_empty() {
         true => vec!["default".to_owned()],
         false => args.targets.clone(),
     };
-    let mut plan = parsed.config.plan(&Here, &wanted, &sets(args)?, &mut granted)?;
+    let mut plan = parsed.config.plan(host(origin), &wanted, &sets(args)?, &mut granted)?;
     let epoch = std::env::var("SOURCE_DATE_EPOCH").ok().filter(|v| !v.is_empty());
     let mut builds = BTreeMap::new();
     for (name, target) in &mut plan.targets {
@@ -198,15 +245,45 @@ pub(super) fn plan(args: &Args) -> Result<Planned> {
             return Err(Fault::invalid("dockerfile from stdin not allowed in bake").context(at()));
         }
         let context = target.context.take().unwrap_or_else(|| ".".into());
-        let context = match context.strip_prefix("cwd://") {
-            Some(local) => path::clean(local),
-            None if is_remote(&context) => context,
-            None => path::clean(&context),
+        let moved = match &origin.elsewhere {
+            Some(elsewhere) => elsewhere.moved(&context).context(at)?,
+            None => None,
         };
-        target.context = Some(context);
-        let build = build::Args::of_target(target);
+        let (context, subdir) = match (moved, context.strip_prefix(LOCAL)) {
+            (Some(moved), _) => (moved.url, moved.subdir),
+            (None, Some(local)) => (path::clean(local), None),
+            (None, None) if is_remote(&context) => (context, None),
+            (None, None) => (path::clean(&context), None),
+        };
+        let is_away = is_remote(&context);
+        if is_away && target.dockerfile.as_ref().is_some_and(|file| file.starts_with(LOCAL)) {
+            return Err(Fault::new(
+                Code::Unimplemented,
+                "a Dockerfile of this machine cannot build a context from elsewhere",
+            )
+            .context(at())
+            .hint("write it as dockerfile-inline"));
+        }
+        target.context = Some(context.clone());
+        let mut build = match &origin.elsewhere {
+            None => build::Args::of_target(target),
+            Some(elsewhere) => {
+                let mut target = target.clone();
+                for (name, context) in &mut target.contexts {
+                    if let Some(moved) = elsewhere.moved(context).context(at)? {
+                        *context = remote::whole(name, moved).context(at)?;
+                    }
+                }
+                let mut build = build::Args::of_target(&target);
+                build.add_secrets(elsewhere.logins(&context).context(at)?);
+                build
+            }
+        };
+        if let Some(subdir) = subdir {
+            build.descend(subdir);
+        }
         build.check().context(at)?;
         builds.insert(name.clone(), build);
     }
-    Ok(Planned { plan, granted, builds })
+    Ok(Planned { is_remote: origin.elsewhere.is_some(), plan, granted, builds })
 }

@@ -276,7 +276,7 @@ fn stdin_dockerfile(from: impl Read) -> Result<TempDir> {
 }
 
 /// Whether this is the beginning of a tar, maybe compressed.
-fn is_tar(head: &[u8]) -> bool {
+pub(crate) fn is_tar(head: &[u8]) -> bool {
     const COMPRESSED: [&[u8]; 4] = [b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"];
     COMPRESSED.iter().any(|magic| head.starts_with(magic)) || head.get(257..262) == Some(b"ustar")
 }

@@ -29,12 +29,12 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
         cache_exports: args
             .cache_to
             .iter()
-            .map(|text| Ok(spec::amazon(spec::cache(text, "--cache-to", true)?, env)))
+            .map(|text| spec::cache(text, "--cache-to", true))
             .collect::<Result<_>>()?,
         cache_imports: args
             .cache_from
             .iter()
-            .map(|text| Ok(spec::amazon(spec::cache(text, "--cache-from", false)?, env)))
+            .map(|text| spec::cache(text, "--cache-from", false))
             .collect::<Result<_>>()?,
         mount_saves: args
             .cache_mount_to
@@ -53,6 +53,9 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
         ..SolveOptions::default()
     };
     locals(input, &mut options).context(|| "offer the context")?;
+    if let Some(subdir) = &args.subdir {
+        options.frontend_attrs.insert("contextsubdir".to_owned(), subdir.clone());
+    }
     named_contexts(args, &mut options)?;
     let vcs = match input.directory() {
         Some(dir) => {

@@ -90,6 +90,17 @@ impl Args {
         }
     }
 
+    /// Takes the directory `subdir` of a context from elsewhere, where its Dockerfile is, too.
+    pub(crate) fn descend(&mut self, subdir: String) {
+        self.file = self.file.take().map(|file| path::join(&subdir, &file));
+        self.subdir = Some(subdir);
+    }
+
+    /// Offers more secrets.
+    pub(crate) fn add_secrets(&mut self, secrets: Vec<String>) {
+        self.secrets.extend(secrets);
+    }
+
     /// Looks for mistakes that show without building.
     pub(crate) fn check(&self) -> Result<()> {
         options::check(self)
