@@ -1,6 +1,6 @@
 //! Builders whose daemons are started for them (rows `bx.drv.docker-container`,
-//! `bx.drv.kubernetes`): by stand-ins for `docker` and `kubectl`, which note what they are asked for
-//! and lead to a real daemon.
+//! `bx.drv.kubernetes`): by stand-ins for `docker` and `kubectl`, which note what they are asked
+//! for and lead to a real daemon.
 
 #![allow(clippy::unwrap_used)]
 

@@ -43,8 +43,8 @@ impl Notes {
         Self { provenance, warnings: warnings.unwrap_or(false) }
     }
 
-    /// What is written of a build that ended well, in parts on `nodes`; its id is that of the first,
-    /// with the names that it is filed under.
+    /// What is written of a build that ended well, in parts on `nodes`; its id is that of the
+    /// first, with the names that it is filed under.
     pub(crate) async fn of_build(
         &self,
         nodes: &Nodes,

@@ -1,5 +1,5 @@
-//! Definitions from elsewhere: in a Git repository, in an archive, or a file behind a URL, which the
-//! builder fetches (row `bx.bake.remote`). Contexts of their targets are where they are.
+//! Definitions from elsewhere: in a Git repository, in an archive, or a file behind a URL, which
+//! the builder fetches (row `bx.bake.remote`). Contexts of their targets are where they are.
 
 use std::collections::BTreeMap;
 
