@@ -408,6 +408,12 @@ fn metrics_count_what_was_done_and_nothing_is_traced_where_that_is_off() {
         ))
     };
     assert!(calls("snapshots.v1.Snapshots/Commit") >= 1.0);
+    let requests = |method: &str| {
+        let method = format!("moby.buildkit.v1.Control/{method}");
+        sample(&format!(r#"shipway_request_seconds_count{{method="{method}"}}"#))
+    };
+    assert_eq!((requests("Solve"), requests("Status")), (3.0, 3.0));
+    assert_eq!(sample("shipway_steps_queued"), 0.0);
     assert!(sample("process_resident_memory_bytes") > 1e6);
 
     let (_, variables) = get(port, "/debug/vars");

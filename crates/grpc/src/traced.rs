@@ -3,7 +3,11 @@
 //!
 //! A call that answers with a stream is over, to a span, when the stream begins.
 
-use shipway_telemetry::{TARGET, TraceContext, current, fail, meter::Latencies, set, traced};
+use shipway_telemetry::{
+    TARGET, TraceContext, current, fail,
+    meter::{Latencies, REQUESTS},
+    set, traced,
+};
 use std::{
     pin::Pin,
     task::{Context, Poll},
@@ -25,6 +29,11 @@ fn is_traced(path: &str) -> bool {
 /// Makes of a path, `/service/Method`, both its parts.
 fn parts(path: &str) -> (&str, &str) {
     path.trim_start_matches('/').rsplit_once('/').unwrap_or(("", path))
+}
+
+/// Whether the method that was called is there.
+fn is_ours(response: &http::Response<Body>) -> bool {
+    Status::from_header_map(response.headers()).is_none_or(|s| s.code() != Code::Unimplemented)
 }
 
 /// Notes how a call went.
@@ -101,7 +110,8 @@ impl Service<http::Request<Body>> for TracedChannel {
     }
 }
 
-/// Makes a span of each request that a server gets; it goes on with the trace of the client.
+/// Makes a span of each request that a server gets; it goes on with the trace of the client. How
+/// long it took is counted ([`REQUESTS`]).
 #[derive(Clone, Copy, Debug)]
 pub struct TraceRequests;
 
@@ -140,11 +150,16 @@ where
         let (traceparent, tracestate) = TraceContext::headers(request.headers());
         let span = info_span!(target: TARGET, "request", otel.name = format!("{service}/{method}"), otel.kind = "server",
             traceparent, tracestate, rpc.system = "grpc", rpc.service = service, rpc.method = method, shipway.build = Empty);
+        let (began, name) = (Instant::now(), format!("{service}/{method}"));
         let call = span.in_scope(|| self.0.call(request));
         let noted = span.clone();
         Box::pin(traced(span, async move {
             let result = call.await;
             note(&noted, &result);
+            // Clients choose paths; those that are not methods of ours are not counted.
+            if result.as_ref().is_ok_and(is_ours) {
+                REQUESTS.add(&name, began.elapsed());
+            }
             result
         }))
     }
@@ -173,7 +188,7 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(1 << 16);
         let serving = crate::server()
             .layer(TraceRequests)
-            .add_service(HealthServer::new(HealthService))
+            .add_service(HealthServer::new(HealthService::default()))
             .serve_with_incoming(tokio_stream::once(Ok::<_, std::io::Error>(theirs)));
         let _serving = AbortOnDropHandle::new(shipway_task::spawn("serve", serving));
         let tunnel = TunnelChannel::connect(ours).await.unwrap();

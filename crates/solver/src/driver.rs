@@ -103,6 +103,7 @@ impl<Op: Operation> Driver<Op> {
             for effect in self.graph.step(event) {
                 self.perform(effect);
             }
+            meter::STEPS_QUEUED.set(self.graph.queue.len() as u64);
         }
     }
 

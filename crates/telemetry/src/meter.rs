@@ -22,6 +22,11 @@ pub static SESSION_SENT: Counter = Counter::new();
 /// How long containerd took, by method.
 pub static CONTAINERD_CALLS: Latencies = Latencies::new();
 
+/// How long calls took that clients made of us, by method; to the first answer of a stream.
+pub static REQUESTS: Latencies = Latencies::new();
+
+/// Operations that could run and wait for their turn, as `max-parallelism` has it.
+pub static STEPS_QUEUED: Gauge = Gauge::new();
 /// Operations that run now.
 pub static STEPS_RUNNING: Gauge = Gauge::new();
 /// Lookups that the build cache answered with a result of its own.
@@ -65,6 +70,11 @@ impl Gauge {
     pub fn enter(&'static self) -> Counted {
         self.0.fetch_add(1, Ordering::Relaxed);
         Counted(self)
+    }
+
+    /// Makes it `n`, for what is counted elsewhere.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
     }
 
     /// How much it is.
@@ -219,6 +229,8 @@ mod tests {
         assert_eq!(GAUGE.get(), 1);
         drop(two);
         assert_eq!(GAUGE.get(), 0);
+        GAUGE.set(7);
+        assert_eq!(GAUGE.get(), 7);
     }
 
     #[test]

@@ -24,6 +24,12 @@ pub fn metrics(engine: &Engine) -> String {
         "Operations that run.",
         meter::STEPS_RUNNING.get() as f64,
     );
+    page.one(
+        "steps_queued",
+        Kind::Gauge,
+        "Operations that wait for their turn.",
+        meter::STEPS_QUEUED.get() as f64,
+    );
     page.metric("cache_lookups_total", Kind::Counter, "Lookups in the build cache, by outcome.");
     for (outcome, count) in [
         ("local", &meter::CACHE_LOCAL),
@@ -52,6 +58,10 @@ pub fn metrics(engine: &Engine) -> String {
     page.metric("containerd_call_seconds", Kind::Histogram, "How long containerd took to answer.");
     for (method, times) in meter::CONTAINERD_CALLS.all() {
         histogram(&mut page, "containerd_call_seconds", &[("method", &method)], &times);
+    }
+    page.metric("request_seconds", Kind::Histogram, "How long requests took, by method.");
+    for (method, times) in meter::REQUESTS.all() {
+        histogram(&mut page, "request_seconds", &[("method", &method)], &times);
     }
     page.prefix("process_");
     process(&mut page);
