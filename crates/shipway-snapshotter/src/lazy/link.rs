@@ -95,19 +95,21 @@ impl Link {
         let mut attempts = 0;
         while !self.lock().closed {
             let (sender, gone) = std::sync::mpsc::channel();
+            let early = Arc::new(Early::new());
             let hear = {
-                let news = news.clone();
+                let (news, early) = (news.clone(), early.clone());
                 move |said: News| {
                     if said == News::Gone {
                         let _ = sender.send(());
                     }
-                    news(said);
+                    early.hear(said, &*news);
                 }
             };
             match Keeper::connect(&self.socket, &self.held, hear) {
                 Ok(keeper) => {
                     attempts = 0;
                     if self.begin(Arc::new(keeper)) {
+                        early.open(&*news);
                         // Whoever drops the sender has ended, too.
                         let _ = gone.recv();
                         self.lock().keeper = None;
@@ -299,10 +301,51 @@ impl Link {
     }
 }
 
+/// What a new keeper says before it is the one that is answered: it says it once, and an answer
+/// that goes nowhere leaves a read waiting.
+struct Early(Mutex<Option<Vec<News>>>);
+
+impl Early {
+    fn new() -> Self {
+        Self(Mutex::new(Some(Vec::new())))
+    }
+
+    /// Passes on what is said, now or later.
+    fn hear(&self, said: News, news: &dyn Fn(News)) {
+        match &mut *self.0.lock() {
+            Some(early) => early.push(said),
+            None => news(said),
+        }
+    }
+
+    /// Passes on what was said so far, and from now on everything at once.
+    fn open(&self, news: &dyn Fn(News)) {
+        self.0.lock().take().into_iter().flatten().for_each(news);
+    }
+}
+
 fn add(keeper: &Keeper, number: u32, registered: &Registered) -> Result<(), ClientError> {
     let failed = |_| ClientError::Io(Errno::IO);
     let data = registered.layer.data().map_err(failed)?;
     let meta = registered.layer.meta().map_err(failed)?;
     let files = Files { data: data.as_fd(), map: registered.map.as_fd(), meta: meta.as_fd() };
     keeper.add(number, files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_new_keeper_says_is_heard_once_it_can_be_answered() {
+        let heard = Mutex::new(Vec::new());
+        let news = |said| heard.lock().push(said);
+        let miss = |n| News::Miss { n, blocks: 0..1 };
+        let early = Early::new();
+        early.hear(miss(1), &news);
+        assert!(heard.lock().is_empty());
+        early.open(&news);
+        early.hear(miss(2), &news);
+        assert!(*heard.lock() == [miss(1), miss(2)]);
+    }
 }
