@@ -22,6 +22,8 @@ fn start(lab: &Lab, context: &Path, round: usize) -> Child {
     command
         .args([
             "build",
+            "--reconnect-timeout",
+            "0",
             "--progress",
             "plain",
             "--tag",

@@ -18,6 +18,7 @@ mod cri;
 mod devices;
 mod dockerd;
 mod doctor;
+mod drain;
 mod drivers;
 mod errors;
 mod exact;

@@ -311,15 +311,19 @@ fn steps_reach_the_outside_by_the_proxy_only_and_what_they_fetch_is_told() {
 
 #[test]
 fn the_source_policy_decides_on_what_steps_fetch() {
-    let web = web(Lab::on(any()));
+    let mut lab = Lab::on(any());
+    lab.configure_daemon("[egress]\n  deny = [\"127.0.0.3\"]\n");
+    let web = web(lab);
     let server = Server::start();
+    // Nobody listens there, which the proxy does not even find out.
+    let outside = "http://127.0.0.3:9/";
     let policy = web.lab.dir().join("policy.json");
     let rule = |action: &str, from: &str, to: &str| serde_json::json!({ "action": action, "selector": { "identifier": server.url(from) }, "updates": { "identifier": server.url(to) } });
     let rules = serde_json::json!({ "rules": [rule("DENY", "/denied", ""), rule("CONVERT", "/old", "/new")] });
     std::fs::write(&policy, rules.to_string()).unwrap();
     let flag = format!("--source-policy-file={}", policy.display());
     let text = format!(
-        "FROM web\nRUN ! curl -fsS {} && curl -fsS {} > /file\n",
+        "FROM web\nRUN ! curl -fsS {} && ! curl -fsS {outside} && curl -fsS {} > /file\n",
         server.url("/denied"),
         server.url("/old")
     );
@@ -329,6 +333,7 @@ fn the_source_policy_decides_on_what_steps_fetch() {
         "{}",
         built.all()
     );
+    assert!(built.all().contains(&format!("- GET {outside} -> 403")), "{}", built.all());
     let predicate = web.provenance("judged");
     let digest = shipway_oci::Digest::of("this is /new\n").hex();
     assert_eq!(materials(&predicate), [(server.url("/new"), digest)]);

@@ -15,9 +15,9 @@ use prost::Message;
 use serde::Serialize;
 use shipway_cachemounts::{DIGEST, Direction, FOUND, REQUEST, RESPONSE, Request};
 use shipway_dockerconfig::DockerConfig;
-use shipway_fault::{Context, Fault, Result};
+use shipway_fault::{Fault, Result};
 use shipway_gocompat::parse_bool;
-use shipway_grpc::fault_of;
+use shipway_grpc::{fault_of, headers::DAEMON_GONE};
 use shipway_oci::Digest;
 use shipway_proto::{moby::buildkit::v1 as wire, pb};
 use tokio::sync::mpsc;
@@ -175,6 +175,9 @@ pub struct SolveOptions {
     pub uploads: Uploads,
     /// Credentials to offer.
     pub docker: Option<DockerConfig>,
+    /// How long a daemon is waited for that goes away during the build, which is then sent again
+    /// ([`Client::build`]); `None` for not at all.
+    pub reconnect: Option<Duration>,
     /// Key by which the daemon keeps what it received of the directories; see
     /// [`crate::shared_key`].
     pub shared_key: String,
@@ -187,6 +190,19 @@ pub struct Outcome {
     pub reference: String,
     /// What exporters answered.
     pub response: BTreeMap<String, String>,
+}
+
+/// Why a build failed, and whether that was the end of its daemon and not of the build.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) fault: Fault,
+    pub(crate) daemon_gone: bool,
+}
+
+impl From<Fault> for Ended {
+    fn from(fault: Fault) -> Self {
+        Self { fault, daemon_gone: false }
+    }
 }
 
 /// What the session serves for the exports and caches, and what is to be recorded in layouts
@@ -473,20 +489,6 @@ impl Followed {
 }
 
 impl Client {
-    /// Builds. Events go to `events` as they come; `stop` cancels the build and still delivers what
-    /// it says at its end; dropping the future cancels it at once.
-    pub async fn build(
-        &self,
-        options: SolveOptions,
-        events: mpsc::Sender<Status>,
-        stop: CancellationToken,
-    ) -> Result<Outcome> {
-        if options.frontend.is_empty() == options.definition.is_none() {
-            return Err(Fault::invalid("a build needs either a frontend or a definition"));
-        }
-        Ok(self.drive(options, None, events, stop).await?.0)
-    }
-
     /// Asks the frontend what its attribute `requestid` says; nothing is built. Events and `stop`
     /// are as for a build.
     pub async fn ask(
@@ -507,16 +509,17 @@ impl Client {
             options.frontend_attrs.clone(),
             inputs,
         );
-        Ok(self.drive(options, Some(question), events, stop).await?.1)
+        let driven = self.drive(options, Some(question), events, stop).await;
+        driven.map(|(_, answer)| answer).map_err(|ended| ended.fault)
     }
 
-    async fn drive(
+    pub(crate) async fn drive(
         &self,
         mut options: SolveOptions,
         question: Option<Question>,
         events: mpsc::Sender<Status>,
         stop: CancellationToken,
-    ) -> Result<(Outcome, Answer)> {
+    ) -> Result<(Outcome, Answer), Ended> {
         if options.reference.is_empty() {
             options.reference = shipway_host::random_id()?;
         }
@@ -542,14 +545,15 @@ impl Client {
             solved.map(|solved| (solved, asked))
         });
         let solved = tokio::select! {
-            answer = &mut solve => answer.map_err(|s| solve_fault(&s)),
-            () = stop.cancelled() => Err(Fault::cancelled()),
+            answer = &mut solve => answer.map_err(|s| ended(&s)),
+            () = stop.cancelled() => Err(Fault::cancelled().into()),
             fault = session.ended() => match tokio::time::timeout(LAST_ANSWER, &mut solve).await {
-                Ok(answer) => answer.map_err(|s| solve_fault(&s)),
-                Err(_) => Err(fault),
+                Ok(answer) => answer.map_err(|s| ended(&s)),
+                Err(_) => Err(fault.into()),
             },
         };
-        let solved = solved.context(|| "failed to solve");
+        let solved =
+            solved.map_err(|e: Ended| Ended { fault: e.fault.context("failed to solve"), ..e });
         // Dropping the call is what cancels the build; only then the last events can come.
         drop(solve);
         drop(session);
@@ -569,6 +573,14 @@ impl Client {
         }
         Ok((Outcome { reference, response }, answer?))
     }
+}
+
+/// A failed solve, and whether the daemon failed rather than the build.
+fn ended(status: &tonic::Status) -> Ended {
+    let broken =
+        std::error::Error::source(status).is_some() && status.code() != tonic::Code::Cancelled;
+    let daemon_gone = broken || status.metadata().contains_key(DAEMON_GONE);
+    Ended { fault: solve_fault(status), daemon_gone }
 }
 
 /// A failed solve: what the daemon says, or that it can say nothing any more.

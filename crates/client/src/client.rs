@@ -166,6 +166,12 @@ impl Client {
         self.channel.clone()
     }
 
+    /// Whether calls connect anew where the connection is lost; one that a command carries ends
+    /// with it.
+    pub(crate) fn reconnects(&self) -> bool {
+        self._carrier.is_none()
+    }
+
     /// What the daemon says of itself.
     pub async fn info(&self) -> Result<DaemonInfo> {
         let answer = self

@@ -28,6 +28,7 @@ mod location;
 mod model;
 mod policy;
 mod question;
+mod reconnect;
 mod session;
 mod status;
 mod trace;

@@ -164,7 +164,7 @@ pub async fn serve(
 ) -> Result<()> {
     // Clients of Go's look whether the other end is in good health, as they do with the daemon
     // itself.
-    let health = HealthServer::new(HealthService);
+    let health = HealthServer::new(HealthService::default());
     let service = LlbBridgeServer::new(BridgeService::of(build))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);

@@ -20,6 +20,9 @@ pub const EXPORTER_MULTI_PLATFORM: &str = "buildkit-exporter-multi-platform";
 pub const STORE_ID: &str = "buildkit-attachable-store-id";
 /// Which SSH agent a call is for (`cb.ssh`).
 pub const SSH_ID: &str = "buildkit.ssh.id";
+/// Set on the failure of a build that ended with its daemon: it may be sent again to one that is
+/// there.
+pub const DAEMON_GONE: &str = "shipway-daemon-gone";
 /// Path of an upload's URL (`cb.upload`).
 pub const UPLOAD_PATH: &str = "urlpath";
 /// Host of an upload's URL (`cb.upload`).

@@ -2,10 +2,10 @@
 //! on and noted.
 
 use crate::{
-    Authority, Capture, ProxiedRequest,
+    Authority, Capture, EgressRules, ProxiedRequest,
     recorded::{Note, Recorded},
     target::{MAX_URL, RequestTarget},
-    upstream::Connector,
+    upstream::{Connector, Denied},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -68,6 +68,7 @@ pub trait Policy: Send + Sync {
 pub struct Proxy {
     authority: Arc<Authority>,
     policy: Option<Arc<dyn Policy>>,
+    egress: Arc<EgressRules>,
     capture: Capture,
 }
 
@@ -84,11 +85,25 @@ impl Proxy {
         policy: Option<Arc<dyn Policy>>,
         capture: Capture,
     ) -> Self {
-        Self { authority, policy, capture }
+        Self { authority, policy, egress: Arc::default(), capture }
+    }
+
+    /// The same within `rules`, which go before the policy and also hold for what it makes of a
+    /// request.
+    #[must_use]
+    pub fn within(self, rules: Arc<EgressRules>) -> Self {
+        Self { egress: rules, ..self }
     }
 
     /// Where a request for `target` goes, or why it goes nowhere.
     async fn checked(&self, method: &Method, target: RequestTarget) -> Result<RequestTarget> {
+        self.egress.check_host(&target.host)?;
+        let target = self.judged(method, target).await?;
+        self.egress.check_host(&target.host)?;
+        Ok(target)
+    }
+
+    async fn judged(&self, method: &Method, target: RequestTarget) -> Result<RequestTarget> {
         let Some(policy) = &self.policy else { return Ok(target) };
         let asked = target.to_string();
         let url = policy.check(&asked).await?;
@@ -115,7 +130,7 @@ impl StepProxy for Proxy {
     }
 
     async fn serve(&self, listener: TcpListener, egress: Arc<dyn Egress>) {
-        let connector = Connector::new(egress, self.authority.client());
+        let connector = Connector::new(egress, self.egress.clone(), self.authority.client());
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(HEAD_PATIENCE)
@@ -257,7 +272,12 @@ impl Serving {
         let answer = match self.client.request(onward).await {
             Ok(answer) => answer,
             Err(e) => {
-                let reason = reason_of(&e);
+                let (reason, is_denied) = reason_of(&e);
+                if is_denied {
+                    tracing::debug!("denied a step's request for {target}: {reason}");
+                    self.note(&method, &target, None, StatusCode::FORBIDDEN);
+                    return plain(StatusCode::FORBIDDEN, "Forbidden");
+                }
                 self.note(&method, &target, None, StatusCode::BAD_GATEWAY);
                 self.proxy.capture.incomplete(
                     method.to_string(),
@@ -331,11 +351,19 @@ fn plain(status: StatusCode, text: &str) -> Response<Body> {
     response
 }
 
-/// The innermost reason, which is what the connector reports.
-fn reason_of(error: &dyn std::error::Error) -> String {
+/// The innermost reason, which is what the connector reports, and whether it is that the server may
+/// not be reached.
+fn reason_of(error: &(dyn std::error::Error + 'static)) -> (String, bool) {
     let mut at = error;
-    while let Some(source) = at.source() {
-        at = source;
+    let mut is_denied = false;
+    loop {
+        is_denied |= at.downcast_ref::<Denied>().is_some()
+            || at.downcast_ref::<std::io::Error>().is_some_and(|e| {
+                e.get_ref().is_some_and(|inner| inner.downcast_ref::<Denied>().is_some())
+            });
+        match at.source() {
+            Some(source) => at = source,
+            None => return (at.to_string(), is_denied),
+        }
     }
-    at.to_string()
 }

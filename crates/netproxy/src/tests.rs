@@ -1,7 +1,8 @@
 //! The proxy between a client and servers on loopback.
 
 use crate::{
-    Authority, Capture, Incomplete, MAX_CONNECTIONS, MAX_HEAD, MAX_URL, Material, Policy, Proxy,
+    Authority, Capture, EgressRules, Incomplete, MAX_CONNECTIONS, MAX_HEAD, MAX_URL, Material,
+    Policy, Proxy,
 };
 use async_trait::async_trait;
 use rcgen::{CertificateParams, KeyPair};
@@ -68,11 +69,16 @@ impl Drop for Lab {
 
 impl Lab {
     async fn with_roots(roots: RootCertStore) -> Self {
+        Self::within(roots, EgressRules::default()).await
+    }
+
+    async fn within(roots: RootCertStore, rules: EgressRules) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let authority = Arc::new(Authority::with_roots(roots).unwrap());
         let capture = Capture::default();
-        let proxy = Proxy::new(authority.clone(), Some(Arc::new(Rules)), capture.clone());
+        let proxy = Proxy::new(authority.clone(), Some(Arc::new(Rules)), capture.clone())
+            .within(Arc::new(rules));
         let task =
             shipway_task::spawn(
                 "test",
@@ -367,5 +373,41 @@ async fn only_so_many_connections_are_served_at_once() {
     drop(first);
     answer.clear();
     waiting.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_operators_rules_go_before_the_builds_policy_and_see_addresses() {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let at = port.local_addr().unwrap().port();
+    let lab = |allow: &[&str], deny: &[&str]| {
+        let texts = |all: &[&str]| all.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+        Lab::within(RootCertStore::empty(), EgressRules::new(&texts(allow), &texts(deny)).unwrap())
+    };
+    for (allow, deny) in [
+        (&["elsewhere.example"][..], &[][..]),
+        (&[], &["localhost"]),
+        // The name is fine, and none of its addresses is.
+        (&["localhost"], &["127.0.0.0/8", "::1"]),
+        (&["10.0.0.0/8"], &[]),
+    ] {
+        let lab = lab(allow, deny).await;
+        let url = format!("http://localhost:{at}/");
+        let answer = lab.get(&url).await;
+        assert!(answer.starts_with("HTTP/1.1 403"), "{allow:?} {deny:?}: {answer}");
+        let noted = lab.capture.requests();
+        assert_eq!((noted[0].url.as_str(), noted[0].status), (url.as_str(), 403));
+        assert!(lab.capture.incomplete_requests().is_empty());
+    }
+    let lab = lab(&["127.0.0.0/8", "::1"], &[]).await;
+    let url = format!("http://localhost:{at}/");
+    let ask = lab.get(&url);
+    let serve = async {
+        let (mut stream, _) = port.accept().await.unwrap();
+        let _ = stream.read(&mut [0; 4096]).await;
+        let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok";
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    };
+    let (answer, ()) = tokio::join!(ask, serve);
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }

@@ -1,6 +1,6 @@
 //! Connections to servers: out by the step's way out, TLS with the machine's trust store.
 
-use crate::target::RequestTarget;
+use crate::{EgressRules, target::RequestTarget};
 use http::Uri;
 use hyper_util::{
     client::legacy::connect::{Connected, Connection},
@@ -38,12 +38,25 @@ const MAX_ADDRESSES: usize = 16;
 #[derive(Clone)]
 pub(crate) struct Connector {
     egress: Arc<dyn Egress>,
+    rules: Arc<EgressRules>,
     tls: TlsConnector,
 }
 
+/// That a server may not be reached.
+#[derive(Debug)]
+pub(crate) struct Denied(String);
+
+impl std::fmt::Display for Denied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Denied {}
+
 impl Connector {
-    pub fn new(egress: Arc<dyn Egress>, tls: Arc<ClientConfig>) -> Self {
-        Self { egress, tls: TlsConnector::from(tls) }
+    pub fn new(egress: Arc<dyn Egress>, rules: Arc<EgressRules>, tls: Arc<ClientConfig>) -> Self {
+        Self { egress, rules, tls: TlsConnector::from(tls) }
     }
 
     async fn dial(self, uri: Uri) -> io::Result<UpstreamStream> {
@@ -54,6 +67,10 @@ impl Connector {
             .map_err(|e| io::Error::other(format!("dial tcp: lookup {}: {e}", target.host)))?;
         let mut last = io::Error::other(format!("dial tcp: lookup {}: no address", target.host));
         for address in addresses.take(MAX_ADDRESSES) {
+            if let Err(fault) = self.rules.check_address(&target.host, address.ip()) {
+                last = io::Error::other(Denied(fault.to_string()));
+                continue;
+            }
             let connected = timeout(ONE_ADDRESS, self.egress.connect(address)).await;
             match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(tcp) => return self.greet(&target, tcp).await,

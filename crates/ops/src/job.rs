@@ -9,7 +9,7 @@ use shipway_cdi::CdiCatalog;
 use shipway_executor::{CaBundle, Executor};
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{ExecOp, NetMode, SecurityMode, SourceOp};
-use shipway_netproxy::Authority;
+use shipway_netproxy::{Authority, EgressRules};
 use shipway_oci::NetworkName;
 use shipway_refs::RefStore;
 use shipway_session::SessionGroup;
@@ -162,6 +162,8 @@ pub struct Services {
     pub log_limits: LogLimits,
     /// Where steps may send spans to; none where nobody would take them.
     pub trace_socket: Option<PathBuf>,
+    /// What steps on the proxy network may reach at all.
+    pub egress: Arc<EgressRules>,
     /// Authorities that the proxy network verifies servers with, beside the system's.
     pub ca: Option<CaBundle>,
     /// Keeps what operations write within limits.

@@ -42,6 +42,17 @@ pub(crate) struct ConnectArgs {
     /// Seconds after which connecting fails; 0 for never
     #[arg(long, global = true, default_value_t = 5, value_name = "SECONDS")]
     timeout: u64,
+    /// Seconds to wait for a daemon that goes away during a build, which then goes on from what is
+    /// in the cache; 0 for not at all
+    #[arg(
+        long = "reconnect-timeout",
+        global = true,
+        env = "SHIPWAY_RECONNECT_TIMEOUT",
+        hide_env_values = true,
+        default_value_t = 60,
+        value_name = "SECONDS"
+    )]
+    reconnect: u64,
     /// Wait until the daemon answers
     #[arg(long, global = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", hide_default_value = true, action = clap::ArgAction::Set)]
     wait: bool,
@@ -117,6 +128,11 @@ impl ConnectArgs {
             ca,
             identity,
         }))
+    }
+
+    /// How long a daemon is waited for that goes away during a build.
+    pub(crate) fn reconnect(&self) -> Option<Duration> {
+        (self.reconnect > 0).then(|| Duration::from_secs(self.reconnect))
     }
 
     /// The names of the builder and its first node, under which builds are filed; those of Docker's

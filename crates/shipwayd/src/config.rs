@@ -52,6 +52,8 @@ pub struct Config {
     pub networks: BTreeMap<String, NamedNetwork>,
     /// Certificates that steps trust.
     pub ca: Ca,
+    /// What steps on the proxy network may reach.
+    pub egress: Egress,
     /// How long finished builds are remembered.
     pub history: Option<History>,
     /// Frontends.
@@ -261,6 +263,16 @@ pub struct NamedNetwork {
     pub auto_allowed: bool,
 }
 
+/// What steps on the proxy network may reach, whatever their builds allow (row `toml.egress`).
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Egress {
+    /// Hosts and networks; all if there are none.
+    pub allow: Vec<String>,
+    /// Those that are not, even if they are among the others.
+    pub deny: Vec<String>,
+}
+
 /// Certificates that steps trust beside their image's (row `exec.ca`).
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -340,6 +352,9 @@ pub struct System {
     pub platforms_cache_max_age: Option<MaxAge>,
     #[serde(rename = "maxRegistryConcurrency")]
     pub max_registry_concurrency: Option<usize>,
+    /// How long running builds may take when the daemon is to end.
+    #[serde(rename = "drainTimeout")]
+    pub drain_timeout: Option<Span>,
     /// How long the import of a cache may take.
     #[serde(rename = "cacheImportTimeout")]
     pub cache_import_timeout: Option<Span>,

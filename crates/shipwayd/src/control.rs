@@ -1,10 +1,10 @@
 //! The Control service (rows `ctl.*`): requests off the wire into the engine, and back.
 
-use crate::{filter, history, memory, prune, status, worker};
+use crate::{drain::Drain, filter, history, memory, prune, status, worker};
 use parking_lot::Mutex;
 use shipway_engine::{BuildPolicy, BuildRequest, Engine, ExporterRequest, Progress};
 use shipway_fault::{Fault, Result};
-use shipway_grpc::{Answers, status_of};
+use shipway_grpc::{Answers, headers::DAEMON_GONE, status_of};
 use shipway_llb::{Definition, SourcePolicy};
 use shipway_proto::{
     moby::buildkit::v1::{self as wire, control_server::Control},
@@ -16,7 +16,7 @@ use shipway_session::SessionId;
 use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataValue};
 use tracing::Instrument as _;
 
 /// The worker as ListWorkers shows it.
@@ -53,6 +53,15 @@ pub struct ControlService {
     pub worker: std::sync::Arc<WorkerInfo>,
     /// Wakes the garbage collector after builds.
     pub gc: crate::gc::Trigger,
+    /// Whether the daemon is ending.
+    pub drain: Drain,
+}
+
+/// The status of a build that failed because the daemon ends.
+fn gone(fault: &Fault) -> Status {
+    let mut status = status_of(fault);
+    status.metadata_mut().insert(DAEMON_GONE, MetadataValue::from_static("1"));
+    status
 }
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
@@ -258,7 +267,15 @@ impl Control for ControlService {
         // As BuildKit calls it (row `ob.log`).
         let trace = trace.as_ref().map(|context| tracing::field::display(context.trace_id()));
         let span = tracing::info_span!("build", id = %request.id, traceID = trace);
-        let outcome = self.engine.build(request).instrument(span.clone()).await;
+        let _running = self.drain.admit().map_err(|fault| gone(&fault))?;
+        let build = self.engine.build(request).instrument(span.clone());
+        let outcome = tokio::select! {
+            outcome = build => outcome,
+            fault = self.drain.cut_off() => {
+                tracing::info!(parent: &span, error = %fault, "build failed");
+                return Err(gone(&fault));
+            }
+        };
         self.gc.wake();
         memory::give_back();
         match outcome {
@@ -329,6 +346,8 @@ impl Control for ControlService {
         &self,
         request: Request<wire::ListWorkersRequest>,
     ) -> Answer<wire::ListWorkersResponse> {
+        // Those who ask want to build here, or to know whether it is possible.
+        self.drain.check().map_err(|fault| gone(&fault))?;
         let filters = filter::parse_all(&request.into_inner().filter, &["id", "labels."])
             .map_err(|f| status_of(&f))?;
         let there = self.engine.parts().services.devices().await.map_err(|f| status_of(&f))?;

@@ -3,6 +3,7 @@
 
 mod page;
 
+use crate::drain::Drain;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -61,11 +62,15 @@ impl fmt::Display for DebugAddress {
 }
 
 /// Listens at `address` until the handle is dropped.
-pub async fn start(address: &DebugAddress, engine: Engine) -> Result<AbortOnDropHandle<()>> {
+pub async fn start(
+    address: &DebugAddress,
+    engine: Engine,
+    drain: Drain,
+) -> Result<AbortOnDropHandle<()>> {
     let failed = |e| Fault::io(format!("listen on {address}"), e);
     let answer = move |request| {
-        let engine = engine.clone();
-        async move { answer(&request, &engine) }
+        let (engine, drain) = (engine.clone(), drain.clone());
+        async move { answer(&request, &engine, &drain) }
     };
     const NAME: &str = "serve metrics";
     tracing::info!(%address, "metrics");
@@ -88,12 +93,15 @@ pub async fn start(address: &DebugAddress, engine: Engine) -> Result<AbortOnDrop
     Ok(AbortOnDropHandle::new(task))
 }
 
-fn answer(request: &Request<Incoming>, engine: &Engine) -> Response<Full<Bytes>> {
+fn answer(request: &Request<Incoming>, engine: &Engine, drain: &Drain) -> Response<Full<Bytes>> {
     const TEXT: &str = "text/plain; charset=utf-8";
     let path = request.uri().path();
     let (status, format, text) = match (request.method(), path) {
         (&Method::GET | &Method::HEAD, "/metrics") => {
             (StatusCode::OK, shipway_daemon::metrics::FORMAT, page::metrics(engine))
+        }
+        (&Method::GET | &Method::HEAD, "/healthz") if drain.is_begun() => {
+            (StatusCode::SERVICE_UNAVAILABLE, TEXT, "stopping\n".to_owned())
         }
         (&Method::GET | &Method::HEAD, "/healthz") => (StatusCode::OK, TEXT, "ok\n".to_owned()),
         (&Method::GET | &Method::HEAD, "/debug/requests") => {

@@ -57,6 +57,9 @@ pub struct Flags {
     /// Allows an entitlement: network.host, security.insecure; may be repeated
     #[arg(long = "allow-insecure-entitlement")]
     pub allow_insecure_entitlement: Vec<String>,
+    /// How long running builds may take after SIGTERM, such as 10m; a second signal ends them
+    #[arg(long = "drain-timeout", value_name = "DURATION")]
+    pub drain_timeout: Option<String>,
     /// Gives no devices of the host (CDI) to steps
     #[arg(long = "cdi-disabled", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub cdi_disabled: Option<bool>,

@@ -5,6 +5,7 @@ mod config;
 mod content;
 mod control;
 mod debug;
+mod drain;
 mod filter;
 mod flags;
 mod gc;

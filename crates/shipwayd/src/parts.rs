@@ -30,7 +30,7 @@ use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
 use shipway_sources::{LayerSources, SourceOptions, Sources};
 use shipway_storage::Storage;
-use std::{fs::File, path::Path, sync::Arc};
+use std::{fs::File, path::Path, sync::Arc, time::Duration};
 
 /// The daemon, ready to serve.
 pub struct Parts {
@@ -46,6 +46,8 @@ pub struct Parts {
     pub traces: TraceSettings,
     /// Where metrics and the like are shown.
     pub debug: Option<DebugAddress>,
+    /// How long running builds may take when the daemon is to end.
+    pub drain_timeout: Duration,
     /// Held as long as the process runs, so that no second daemon uses the same root.
     _locks: Vec<File>,
 }
@@ -74,6 +76,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         notes: _,
         listening,
         debug,
+        drain_timeout,
         traces,
         containerd: address,
         namespace,
@@ -99,6 +102,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         dockerfile,
         gateway,
         proxied,
+        egress,
         log_limits,
     } = settings;
     private::dir(&root).context(|| "make the state directory")?;
@@ -178,6 +182,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         trace_socket: traces.export.is_some().then(|| traces.socket.clone()),
         ca,
         quota,
+        egress: Arc::new(egress),
         authority: Default::default(),
     });
     let (id, labels) = (
@@ -224,7 +229,9 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
     let worker = WorkerInfo { id, labels, platforms, gc: rules, disk };
     tracing::info!(containerd = %address, %namespace, %snapshotter, root = %root.display(), "ready");
     let worker = Arc::new(worker);
-    Ok((Parts { engine, storage, worker, telemetry, traces, debug, _locks: locks }, listening))
+    let parts =
+        Parts { engine, storage, worker, telemetry, traces, debug, drain_timeout, _locks: locks };
+    Ok((parts, listening))
 }
 
 /// Checks that steps can be given the AppArmor profile (row `exec.sandbox`): on a host without

@@ -3,7 +3,9 @@
 use crate::{
     content::ContentService,
     control::ControlService,
-    debug, gc,
+    debug,
+    drain::Drain,
+    gc,
     parts::Parts,
     settings::Listening,
     telemetry::{self, Receiver, Telemetry, collector},
@@ -27,8 +29,8 @@ use tracing::Instrument as _;
 
 /// Between two looks at which builds to forget.
 const FORGET: Duration = Duration::from_secs(120);
-/// How long running builds get to end after the first signal.
-const DRAIN: Duration = Duration::from_secs(10);
+/// How long calls get to end when no build runs any more, and then what is left of steps.
+const LAST_CALLS: Duration = Duration::from_secs(10);
 
 /// How long the last spans may take.
 const LAST_SPANS: Duration = Duration::from_secs(5);
@@ -61,7 +63,7 @@ fn group_id(group: &str) -> Result<u32> {
     found.ok_or_else(|| Fault::not_found(format!("no group {group:?} on this machine")))
 }
 
-/// Serves until SIGTERM or SIGINT, then lets builds end for a while.
+/// Serves until SIGTERM or SIGINT, then lets builds end for a while; a second signal ends them.
 pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let trigger = gc::Trigger::default();
     let engine = parts.engine.clone();
@@ -69,7 +71,13 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let quota = engine.parts().services.quota.clone();
     let gc = shipway_task::spawn("gc", gc::run(quota, trigger.clone()));
     let remembered = shipway_task::spawn("history", forget(engine.parts().history.clone()));
-    let control = ControlService { engine: engine.clone(), worker: worker.clone(), gc: trigger };
+    let drain = Drain::default();
+    let control = ControlService {
+        engine: engine.clone(),
+        worker: worker.clone(),
+        gc: trigger,
+        drain: drain.clone(),
+    };
     let bridge =
         BridgeService::new(engine.parts().builds.clone(), Arc::new(move || vec![worker.record()]));
     let content = ContentService::new(
@@ -80,7 +88,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let Telemetry { traces, outbox, reader } = parts.telemetry;
     let spans = Receiver { traces, outbox };
     let debug = match &parts.debug {
-        Some(address) => Some(debug::start(address, engine.clone()).await?),
+        Some(address) => Some(debug::start(address, engine.clone(), drain.clone()).await?),
         None => None,
     };
     let stop_sending = CancellationToken::new();
@@ -102,7 +110,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE),
     )
-    .add_service(HealthServer::new(HealthService))
+    .add_service(HealthServer::new(HealthService::until(drain.begun())))
     .add_service(spans.clone().service());
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
@@ -132,10 +140,19 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         ended = servers.join_next() => failed = ended.map(|e| format!("{e:?}")),
     }
     shipway_daemon::notify(NotifyState::Stopping);
+    if failed.is_none() {
+        // The service manager would else kill us in the middle.
+        let limit = parts.drain_timeout;
+        let whole = (limit + 3 * LAST_CALLS).as_micros();
+        let extended = u32::try_from(whole).unwrap_or(u32::MAX);
+        shipway_daemon::notify(NotifyState::ExtendTimeoutUsec(extended));
+        // Builds go on asking meanwhile, on connections old and new.
+        drain.finish(limit, shipway_daemon::stop_requested()).await;
+    }
     let _ = stop.send(true);
     let all = async { while servers.join_next().await.is_some() {} };
     tokio::select! {
-        _ = tokio::time::timeout(DRAIN, all) => {}
+        _ = tokio::time::timeout(LAST_CALLS, all) => {}
         () = shipway_daemon::stop_requested() => tracing::warn!("stopping at once"),
     }
     servers.shutdown().await;
@@ -150,7 +167,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
             tracing::warn!(%error, "failed to sync the last snapshots to disk");
         }
     };
-    let _ = tokio::time::timeout(DRAIN, clean).await;
+    let _ = tokio::time::timeout(LAST_CALLS, clean).await;
     stop_sending.cancel();
     if let Some(sending) = sending {
         let _ = tokio::time::timeout(LAST_SPANS, sending).await;

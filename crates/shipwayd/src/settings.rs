@@ -5,7 +5,7 @@
 use crate::{
     config::{
         Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, NamedNetwork, Otel, Runtime,
-        Worker,
+        Worker, duration,
     },
     debug::DebugAddress,
     filter,
@@ -20,6 +20,7 @@ use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::ServerTls;
 use shipway_history::HistoryLimits;
+use shipway_netproxy::EgressRules;
 use shipway_oci::{NetworkName, Platform};
 use shipway_ops::{LogLimits, NetworkGrants};
 use shipway_registry::RegistryConfig;
@@ -39,6 +40,8 @@ const SNAPSHOTTER_CONTROL: &str = "/run/shipway-snapshotter/control.sock";
 const PROVENANCE: &str = "/etc/buildkit/provenance.d";
 /// How long a list of platforms is good (row `toml.sys`).
 const PLATFORMS_MAX_AGE: Duration = Duration::from_secs(20);
+/// How long running builds may take when the daemon is to end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Transfers to or from one registry at once (row `toml.sys`).
 const REGISTRY_CONCURRENCY: usize = 4;
 
@@ -105,6 +108,8 @@ pub struct Settings {
     pub listening: Listening,
     /// Where metrics and the like are shown.
     pub debug: Option<DebugAddress>,
+    /// How long running builds may take when the daemon is to end.
+    pub drain_timeout: Duration,
     /// What becomes of spans.
     pub traces: TraceSettings,
     /// containerd's socket.
@@ -155,6 +160,8 @@ pub struct Settings {
     pub gateway: GatewayFrontend,
     /// Whether steps of all builds reach the network through a recording proxy only.
     pub proxied: bool,
+    /// What steps on the proxy network may reach at all.
+    pub egress: EgressRules,
     /// How much of a step's output is passed on.
     pub log_limits: LogLimits,
     /// What the log should say about these settings.
@@ -188,6 +195,7 @@ impl Settings {
             dns,
             networks,
             ca,
+            egress,
             history,
             frontend,
             lazy,
@@ -477,6 +485,13 @@ impl Settings {
             logging,
             listening,
             debug: debug.map(|a| a.parse().context(|| "debugAddress (--debugaddr)")).transpose()?,
+            drain_timeout: match flags.drain_timeout {
+                Some(text) => duration(&text).ok_or_else(|| {
+                    Fault::invalid(format!("--drain-timeout: {text:?} is not a duration"))
+                        .hint("write it as 90s or 10m")
+                })?,
+                None => system.drain_timeout.map_or(DRAIN_TIMEOUT, |s| s.0),
+            },
             traces,
             containerd: flags.containerd_addr.or(address).unwrap_or_else(|| CONTAINERD.into()),
             namespace: [flags.namespace, namespace, stand_in.and_then(|s| s.namespace)]
@@ -530,6 +545,7 @@ impl Settings {
             dockerfile: frontend.dockerfile.enabled != Some(false),
             gateway: frontend.gateway,
             proxied: flags.proxy_network.unwrap_or(proxy_network),
+            egress: EgressRules::new(&egress.allow, &egress.deny).context(|| "egress")?,
             log_limits,
             notes,
         })

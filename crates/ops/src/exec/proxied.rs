@@ -48,7 +48,8 @@ impl Services {
             shipway_task::blocking("make the certificate of the proxy network", make).await
         };
         let authority = self.authority.get_or_try_init(make).await?.clone();
-        Ok(Proxied(Arc::new(Proxy::new(authority, Some(Arc::new(AllJobs(jobs))), capture))))
+        let proxy = Proxy::new(authority, Some(Arc::new(AllJobs(jobs))), capture);
+        Ok(Proxied(Arc::new(proxy.within(self.egress.clone()))))
     }
 }
 

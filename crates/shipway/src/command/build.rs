@@ -257,6 +257,7 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     }
     // Nodes that build together know the build by one id, as with buildx.
     options.reference = shipway_client::new_reference()?;
+    options.reconnect = connect.reconnect();
     for part in &parts {
         remember(nodes.names(part.node), &options.reference, &args, &input);
     }

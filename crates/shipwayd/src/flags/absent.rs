@@ -23,18 +23,20 @@ impl AbsentFlags {
     /// Refuses what was asked for and would not be done; `rootless` and `selinux` are the
     /// configuration file's.
     pub fn check(&self, rootless: bool, selinux: bool) -> Result<()> {
-        for (asked, what) in [
+        for (asked, what, instead) in [
             (
                 rootless || self.rootless == Some(true) || self.worker_rootless == Some(true),
-                "rootless mode (rootless, --rootless, --containerd-worker-rootless, --oci-worker-rootless)",
+                "rootless mode (rootless, --rootless, --containerd-worker-rootless, --oci-worker-rootless): the daemon mounts snapshots where containerd runs, which takes root there",
+                "run the daemon as root and let users in by the group of its socket (--group); where root is not to be had, buildkitd's rootless mode serves the same clients",
             ),
             (
                 selinux || self.selinux == Some(true),
                 "SELinux labels of steps (selinux, --containerd-worker-selinux, --oci-worker-selinux)",
+                "leave the setting out: steps run with the runtime's own label",
             ),
         ] {
             if asked {
-                return Err(Fault::unimplemented(what));
+                return Err(Fault::unimplemented(what).hint(instead));
             }
         }
         Ok(())

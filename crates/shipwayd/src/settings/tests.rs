@@ -111,6 +111,8 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("networks.x.cniBinaryPath", "'/b'", "networks.x.cniConfigPath = '/p'"),
     ("networks.x.autoAllowed", "true", "networks.x.cniConfigPath = '/p'"),
     ("ca.bundle", "'/c.pem'", ""),
+    ("egress.allow", "['a']", ""),
+    ("egress.deny", "['10.0.0.0/8']", ""),
     ("history.maxAge", "'1h'", ""),
     ("history.maxEntries", "3", ""),
     ("history.maxUsedSpace", "'1MB'", ""),
@@ -122,6 +124,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("system.platformsCacheMaxAge", "-1", ""),
     ("system.maxRegistryConcurrency", "9", ""),
     ("system.cacheImportTimeout", "'7s'", ""),
+    ("system.drainTimeout", "'7m'", ""),
     ("cache", "{ gha = { sign = {} } }", ""),
 ];
 
@@ -164,6 +167,7 @@ const FLAGS: &[(&str, &str, &[&str])] = &[
     ("containerd-worker-rootless", "", &[]),
     ("prefer-local-images", "always", &[]),
     ("lazy-blobs", "now", &[]),
+    ("drain-timeout", "7m", &[]),
     ("containerd-worker-gc", "false", &[]),
     ("containerd-worker-gc-keepstorage", "1,20%,3", &[]),
     ("oci-worker", "true", &[]),
@@ -377,7 +381,8 @@ fn flags_for_what_is_absent_are_accepted_or_refused_by_name() {
         ("--containerd-worker-selinux", "SELinux"),
         ("--oci-worker=maybe", "--oci-worker"),
     ] {
-        assert!(load(&[flag], "").unwrap_err().to_string().contains(what), "{flag}");
+        let fault = load(&[flag], "").unwrap_err();
+        assert!(fault.to_string().contains(what) && fault.hints().count() > 0, "{flag}");
     }
 }
 
