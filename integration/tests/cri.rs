@@ -43,8 +43,8 @@ fn a_pod_runs_what_was_built_on_our_snapshotter() {
     });
 }
 
-/// What kubelet does when the disk is short, builds, and our own collection, all at once and as often
-/// as they can: builds succeed, and what is pinned or runs stays.
+/// What kubelet does when the disk is short, builds, and our own collection, all at once and as
+/// often as they can: builds succeed, and what is pinned or runs stays.
 #[test]
 fn kubelets_collection_and_ours_do_not_fight() {
     let (lab, cri) = node(LabOptions::new(any()));

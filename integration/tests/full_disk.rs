@@ -31,7 +31,8 @@ fn a_full_disk_is_named_and_a_prune_helps() {
     build_text(&lab, "full:3", "FROM busybox\nRUN echo fits > /small\n").ok();
 }
 
-/// A lab whose containerd has a disk of 400 MB, and a daemon with its usual limits, which are larger.
+/// A lab whose containerd has a disk of 400 MB, and a daemon with its usual limits, which are
+/// larger.
 #[track_caller]
 fn small_disk() -> Lab {
     let disk = Some(LabDisk::Ext4(400 << 20));
