@@ -14,7 +14,7 @@ use shipway_integration::{
 };
 use shipway_oci::Digest;
 use shipway_testkit::{
-    BaseImage, Finished, Flavour, Lab, LabOptions, Network, SlowNetwork, run, which,
+    BaseImage, Finished, Flavour, Lab, LabOptions, Network, SlowNetwork, run, wait_for, which,
 };
 use std::{
     path::PathBuf,
@@ -159,8 +159,8 @@ fn words(image: &str, script: &str) -> Vec<String> {
         .to_vec()
 }
 
-#[track_caller]
-fn is_lazy(flavour: Flavour, compression: &str) {
+/// A lab with everything, whose snapshotter fetches what is asked for and nothing else.
+fn lazy_lab(flavour: Flavour) -> Lab {
     let mut options = LabOptions::new(flavour);
     options.snapshotter = true;
     options.namespace = "k8s.io".into();
@@ -170,6 +170,12 @@ fn is_lazy(flavour: Flavour, compression: &str) {
     lab.start_registry();
     BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
     lab.start_daemon();
+    lab
+}
+
+#[track_caller]
+fn is_lazy(flavour: Flavour, compression: &str) {
+    let lab = lazy_lab(flavour);
     let name = format!("{}/lazy:1", lab.registry());
     build(&lab, &name, &format!("push=true,compression={compression},force-compression=true"), &[])
         .ok();
@@ -211,6 +217,101 @@ fn an_image_written_lazy_is_pulled_lazily() {
 #[test]
 fn zstd_chunked_written_lazy_is_pulled_lazily() {
     is_lazy(any(), "zstdchunked");
+}
+
+/// The first names in the tar of each layer of `lazy:1`, as tar lists them.
+#[track_caller]
+fn first_names(lab: &Lab, count: usize) -> Vec<Vec<String>> {
+    let (_, manifest) = lab.registry_get("/v2/lazy/manifests/1");
+    let mut manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    if let Some(image) = manifest["manifests"][0]["digest"].as_str() {
+        let (_, bytes) = lab.registry_get(&format!("/v2/lazy/manifests/{image}"));
+        manifest = serde_json::from_slice(&bytes).unwrap();
+    }
+    let names = |layer: &Value| {
+        let digest = layer["digest"].as_str().unwrap();
+        let (_, blob) = lab.registry_get(&format!("/v2/lazy/blobs/{digest}"));
+        let path = lab.dir().join("listed");
+        std::fs::write(&path, blob).unwrap();
+        let zstd = layer["mediaType"].as_str().unwrap().ends_with("zstd");
+        let how = if zstd { "--zstd" } else { "--gzip" };
+        let list = run(Command::new("tar").args([how, "-tf"]).arg(&path)).ok().stdout;
+        list.lines().take(count).map(str::to_owned).collect()
+    };
+    layers(&manifest).iter().map(names).collect()
+}
+
+#[test]
+fn what_the_result_reads_comes_first_and_is_fetched_at_once() {
+    let lab = lazy_lab(any());
+    let name = format!("{}/lazy:1", lab.registry());
+    // It never ends, and has been seen by then.
+    let command = "cat /data/7 /data/3 /data/7 > /dev/null; sleep 600";
+    let attributes = format!(
+        "push=true,compression=estargz,force-compression=true,optimize={command},optimize-time=4"
+    );
+    build(&lab, &name, &attributes, &[]).ok();
+    let names = first_names(&lab, 50);
+    assert_eq!(names[1][..4], ["data/", "data/7", "data/3", ".prefetch.landmark"]);
+    assert_eq!(names[2][0], ".no.prefetch.landmark");
+    assert!(names[0].iter().any(|name| name == ".prefetch.landmark"), "busybox: {names:?}");
+    let all = ctr_run(&lab, &name, &["sh", "-c", ALL]).ok().stdout;
+    assert_eq!(all.lines().filter(|line| line.contains("/data/")).count(), FILES);
+    let digest = Image::of(&lab, &name).target;
+    build(&lab, &name, &attributes, &[]).ok();
+    assert_eq!(Image::of(&lab, &name).target, digest, "the same order gives the same bytes");
+
+    let failing = "compression=estargz,optimize=echo no such thing >&2; exit 3";
+    let failed = build(&lab, &name, failing, &[]).failed().all();
+    assert!(failed.contains("ended with exit code 3: no such thing"), "{failed}");
+
+    // Nobody reads anything, and what will be read is there.
+    remove_everything(&lab);
+    let slow = SlowNetwork::start(&lab.registry(), NETWORK);
+    let image = format!("{}/lazy:1", slow.address());
+    let id = Some(wire::Id { id: image.clone() });
+    let _: wire::Id = Cri::of(&lab).call("PullImage", wire::PullImage { image: id });
+    let verified = || {
+        let status = run(lab.snapshotter_command().args(["status", "--json"])).ok();
+        let status: Value = serde_json::from_str(&status.stdout).unwrap();
+        let layers = status["lazy"]["layers"].as_array().unwrap().clone();
+        let large = layers.into_iter().max_by_key(|layer| layer["data"].as_u64()).unwrap();
+        large["verified"].as_u64().unwrap()
+    };
+    let wanted = 2 * SIZE as u64;
+    wait_for("what will be read to be fetched", Duration::from_secs(30), || match verified() {
+        bytes if bytes >= wanted => Ok(()),
+        bytes => Err(bytes.to_string()),
+    });
+    assert!(verified() < wanted + SIZE as u64, "{} bytes were fetched", verified());
+    wait_for("the network to be quiet", Duration::from_secs(30), || {
+        let before = slow.bytes();
+        std::thread::park_timeout(Duration::from_millis(300));
+        if slow.bytes() == before { Ok(()) } else { Err(slow.bytes().to_string()) }
+    });
+    slow.set_down(true);
+    let read = lab.ctr(words(&image, "sha256sum /data/7 /data/3")).ok().stdout;
+    assert!(read.lines().count() == 2 && read.lines().all(|line| all.contains(line)), "{read}");
+}
+
+#[test]
+fn what_later_steps_read_comes_first() {
+    let lab = lazy_lab(any());
+    let name = format!("{}/lazy:1", lab.registry());
+    let dir = context(&lab);
+    let steps = "FROM busybox\nCOPY data /data\nRUN cat /data/9 /data/2 > /p\nRUN cat /data/30 /p > /dev/null\n";
+    std::fs::write(dir.join("Dockerfile"), steps).unwrap();
+    let output =
+        format!("type=image,name={name},push=true,compression=zstdchunked,optimize-steps=true");
+    let dir = dir.to_string_lossy();
+    lab.shipway(["build", "--progress", "plain", "--output", &output, &dir]).ok();
+    let image = Image::of(&lab, &name);
+    assert_eq!(have(&image.manifest, STARGZ_POSITION), [false, true, true, true]);
+    let listed = first_names(&lab, 5);
+    assert_eq!(listed[1], ["data/", "data/9", "data/2", "data/30", ".prefetch.landmark"]);
+    // What a step writes itself is not what will be read of its layer.
+    assert_eq!(listed[2], ["p", ".prefetch.landmark"]);
+    assert_eq!(listed[3], [".no.prefetch.landmark"]);
 }
 
 /// `shipway convert`; gives the digest that it prints.

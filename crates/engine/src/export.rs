@@ -110,6 +110,9 @@ pub(crate) async fn solve_all(
                 plan_export(build, state.as_ref(), compression, watchers);
             }
         }
+        if exporters.iter().any(|e| e.wants_opened()) {
+            build.scope.data.export_plan.note_opened();
+        }
     }
     let solved =
         futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(build, state)))

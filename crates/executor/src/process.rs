@@ -3,6 +3,7 @@
 use crate::{Edits, ProcessIo, Proxied};
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use shipway_fault::Result;
 use shipway_oci::NetworkName;
 use shipway_storage::{Mount, SnapshotKey};
@@ -177,9 +178,29 @@ pub struct ProcessSpec {
     /// Whether stub files made for mount points are removed afterwards along with parent
     /// directories made for them.
     pub remove_stubs_recursively: bool,
+    /// Where the files are noted that the process and its children open, if anybody asks for them:
+    /// then it does not start where that cannot be known.
+    pub opened: Option<OpenedFiles>,
     /// What must live until nothing is left of the process, also when its future is dropped before
     /// that: its snapshots.
     pub keep_alive: KeepAlive,
+}
+
+/// Files that were opened in a root filesystem, in the order in which they first were: absolute
+/// paths as processes in there see them, each once. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct OpenedFiles(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl OpenedFiles {
+    /// Notes the next file.
+    pub fn add(&self, path: Vec<u8>) {
+        self.0.lock().push(path);
+    }
+
+    /// Takes what was noted so far.
+    pub fn take(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.0.lock())
+    }
 }
 
 /// Something that is only held.

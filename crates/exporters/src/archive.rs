@@ -2,7 +2,7 @@
 //! `ex.docker`).
 
 use crate::{
-    image,
+    image, learn,
     lease::ExportLease,
     options::{Attrs, ImageOptions},
     port::{ExportContext, ExportInput, Exported, Exporter, Response},
@@ -184,7 +184,11 @@ impl Exporter for ArchiveExporter {
     }
 
     fn wants_layers(&self) -> Option<Compression> {
-        Some(self.options.compression)
+        Some(self.options.ahead())
+    }
+
+    fn wants_opened(&self) -> bool {
+        self.options.optimize.as_ref().is_some_and(|optimize| optimize.steps)
     }
 
     async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Exported> {
@@ -200,7 +204,7 @@ impl Exporter for ArchiveExporter {
             cx.compatibility,
             if self.variant == Variant::Oci { "oci" } else { "docker" },
         )?;
-        let input = self.options.rewritten(input, &cx.reporter).await?;
+        let input = learn::prepared(&self.options, input, &self.inner, cx).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;
         let session = self.inner.hub.get(&cx.session).await?;

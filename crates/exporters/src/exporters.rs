@@ -7,6 +7,7 @@ use crate::{
     services::ExportServices,
     tree::{LocalExporter, TarExporter},
 };
+use shipway_executor::Executor;
 use shipway_fault::{Fault, Result, nearest};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
@@ -38,7 +39,9 @@ impl Exporters {
     ///
     /// An image that CRI manages and that was not built here keeps its name unless it matches one
     /// of `replaceable`, in which `*` stands for anything. Images in the store go to the namespaces
-    /// of `publishing`, too, and get the blobs that they do without when `lazy_blobs` says.
+    /// of `publishing`, too, and get the blobs that they do without when `lazy_blobs` says. Results
+    /// that are to be optimized are run by `executor`.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         refs: RefStore,
         registry: Registry,
@@ -46,8 +49,10 @@ impl Exporters {
         replaceable: Vec<String>,
         publishing: Publishing,
         lazy_blobs: LazyBlobs,
+        executor: Arc<dyn Executor>,
     ) -> Self {
-        let inner = ExportServices { refs, registry, hub, replaceable, publishing, lazy_blobs };
+        let inner =
+            ExportServices { refs, registry, hub, replaceable, publishing, lazy_blobs, executor };
         Self { inner: Arc::new(inner) }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     hollow::LazyBlobs,
+    learn,
     lease::ExportLease,
     options::{Attrs, ImageOptions},
     port::{
@@ -267,7 +268,11 @@ impl Exporter for ImageExporter {
     }
 
     fn wants_layers(&self) -> Option<Compression> {
-        Some(self.options.compression)
+        Some(self.options.ahead())
+    }
+
+    fn wants_opened(&self) -> bool {
+        self.options.optimize.as_ref().is_some_and(|optimize| optimize.steps)
     }
 
     fn watcher(&self, build: &str, index: usize) -> Option<StateWatcher> {
@@ -294,7 +299,7 @@ impl Exporter for ImageExporter {
     async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Exported> {
         input.metadata.extend(self.metadata.clone());
         let options = self.options.settled(&input, cx.compatibility, "image")?;
-        let input = self.options.rewritten(input, &cx.reporter).await?;
+        let input = learn::prepared(&self.options, input, &self.inner, cx).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let storage = self.inner.refs.storage();
         let lease = ExportLease::new(&storage.leases, &cx.build, cx.index);

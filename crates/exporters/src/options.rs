@@ -1,9 +1,12 @@
 //! Attributes that image-like exporters share (rows `ex.c.*`).
 
-use crate::port::{ExportInput, metadata_of};
+use crate::{
+    optimize::Optimize,
+    port::{ExportInput, base_layers, metadata_of},
+};
 use shipway_fault::{Detail, Fault, Result};
 use shipway_gocompat::parse_bool;
-use shipway_oci::{ImageConfig, Platform, timestamp};
+use shipway_oci::{Platform, timestamp};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, CompressionKind};
 use std::{
@@ -187,6 +190,8 @@ pub(crate) struct ImageOptions {
     /// `ex.c.nondist`).
     pub foreign: bool,
     pub compression: Compression,
+    /// How it is learned which files come first in their layers, if that is asked for.
+    pub optimize: Option<Optimize>,
     pub epoch: Epoch,
     pub annotations: Vec<Annotation>,
 }
@@ -194,6 +199,7 @@ pub(crate) struct ImageOptions {
 impl ImageOptions {
     pub fn take(attrs: &mut Attrs) -> Result<Self> {
         let compression = Compression::take(|key| attrs.text(key))?;
+        let optimize = Optimize::take(|key| attrs.text(key), compression)?;
         let asked_types = attrs.flag("oci-mediatypes")?;
         let oci_types = asked_types.unwrap_or(true);
         let rewrite = attrs.flag("rewrite-timestamp")?.unwrap_or(false);
@@ -223,6 +229,7 @@ impl ImageOptions {
             rewrite,
             foreign,
             compression,
+            optimize,
             epoch,
             annotations,
         };
@@ -313,6 +320,14 @@ impl ImageOptions {
         Ok(())
     }
 
+    /// How layers are compressed while the build goes on: in no order that is not known yet.
+    pub fn ahead(&self) -> Compression {
+        match self.optimize {
+            Some(_) => Compression { force: false, ..self.compression.plain() },
+            None => self.compression,
+        }
+    }
+
     /// The same result without times later than its epoch, if that is asked for (row
     /// `ex.c.rewrite`). Layers of the base image stay.
     pub async fn rewritten(
@@ -336,11 +351,7 @@ impl ImageOptions {
                 timestamp::format(epoch)
             );
             reporter.status(status.clone(), 0, 0, false);
-            let base = metadata_of(&input.metadata, "containerimage.base.config", &p.id);
-            let base = base
-                .and_then(|json| serde_json::from_slice::<ImageConfig>(json).ok())
-                .map(|c| c.rootfs.diff_ids)
-                .unwrap_or_default();
+            let base = base_layers(&input.metadata, &p.id);
             p.state = p.state.retimed(&base, latest, self.compression, Some(reporter)).await?;
             reporter.status(status, 0, 0, true);
         }

@@ -5,7 +5,7 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use shipway_attest::Attestation;
 use shipway_fault::Result;
-use shipway_oci::{Descriptor, Platform};
+use shipway_oci::{Descriptor, DiffId, ImageConfig, Platform};
 use shipway_progress::Reporter;
 use shipway_refs::ImmutableRef;
 use shipway_session::{SessionGroup, SessionId};
@@ -55,6 +55,13 @@ pub(crate) fn metadata_of<'a>(
     id: &str,
 ) -> Option<&'a [u8]> {
     metadata.get(&format!("{key}/{id}")).or_else(|| metadata.get(key)).map(Vec::as_slice)
+}
+
+/// The layers of the base image of the platform `id`, as far as the frontend says.
+pub(crate) fn base_layers(metadata: &BTreeMap<String, Vec<u8>>, id: &str) -> Vec<DiffId> {
+    let base = metadata_of(metadata, "containerimage.base.config", id);
+    let base = base.and_then(|json| serde_json::from_slice::<ImageConfig>(json).ok());
+    base.map(|config| config.rootfs.diff_ids).unwrap_or_default()
 }
 
 /// An attestation to export.
@@ -127,6 +134,11 @@ pub trait Exporter: Send + Sync {
     /// What wants to see states as they are made, for the export number `index` of `build`.
     fn watcher(&self, _build: &str, _index: usize) -> Option<StateWatcher> {
         None
+    }
+
+    /// Whether what steps open is to be noted, for an order of their layers' files.
+    fn wants_opened(&self) -> bool {
+        false
     }
 
     /// Exports.

@@ -1,9 +1,11 @@
 //! What exporters work with.
 
 use crate::{LazyBlobs, Publishing};
+use shipway_executor::Executor;
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
 use shipway_session::SessionHub;
+use std::sync::Arc;
 
 /// What all exporters of the daemon share.
 pub(crate) struct ExportServices {
@@ -16,4 +18,6 @@ pub(crate) struct ExportServices {
     pub publishing: Publishing,
     /// When blobs are fetched that images do without.
     pub lazy_blobs: LazyBlobs,
+    /// Runs results, to see what they read.
+    pub executor: Arc<dyn Executor>,
 }

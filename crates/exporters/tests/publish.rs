@@ -3,9 +3,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use shipway_executor::fake::FakeExecutor;
 use shipway_exporters::{
     ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, LazyBlobs, Publishing,
 };
+use shipway_fault::Fault;
 use shipway_oci::{Digest, Platform};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
@@ -43,6 +45,7 @@ impl Lab {
             Vec::new(),
             publishing,
             LazyBlobs::Now,
+            Arc::new(FakeExecutor::new(|_, _, _, _| Err(Fault::internal("nothing is to be run")))),
         );
         Self { namespaces, refs, exporters, hub, _dir: dir }
     }

@@ -21,15 +21,15 @@ use logs::StepLog;
 use mounts::{MountContext, MountGuards, MountPlan, OutputState};
 use parking_lot::Mutex;
 use shipway_executor::{
-    Edits, HostEntry, KeepAlive, NetworkMode, OutputSink, ProcessIo, ProcessSpec, ResourceLimits,
-    Rlimit, Security, Stream,
+    Edits, HostEntry, KeepAlive, NetworkMode, OpenedFiles, OutputSink, ProcessIo, ProcessSpec,
+    ResourceLimits, Rlimit, Security, Stream,
 };
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::quote;
 use shipway_host::is_out_of_space;
 use shipway_llb::{ExecOp, Mount, MountKind, NetMode, ProxyEnv, SecurityMode};
 use shipway_netproxy::Capture;
-use shipway_refs::ImmutableRef;
+use shipway_refs::{ImmutableRef, ReadOrder};
 use shipway_session::SessionGroup;
 use shipway_solver::CacheMap;
 use std::{
@@ -96,7 +96,10 @@ impl VertexOp for ExecVertex {
         };
         let process =
             process(&of.services, exec, env, jobs.first().map_or("", |j| &j.id), guards.clone());
-        let mut process = ProcessSpec { resources, edits, proxy, ..process };
+        let notes = jobs.iter().any(|j| j.export_plan.notes_opened(of.vertex.digest));
+        let opened = notes.then(OpenedFiles::default);
+        let mut process =
+            ProcessSpec { resources, edits, proxy, opened: opened.clone(), ..process };
         of.services.emulators.apply(&of.vertex.platform, &mut process.args, &mut mounts);
         let log = Arc::new(StepLog::new(cx.reporter.clone(), of.services.log_limits));
         let sink: OutputSink = {
@@ -122,7 +125,11 @@ impl VertexOp for ExecVertex {
             log.flush();
             return Err(failed(of, exec, &jobs, &inputs, guards, fault));
         }
-        commit(of, guards, &name, cx).await
+        let states = commit(of, guards, &name, cx).await?;
+        if let Some(opened) = opened.map(|opened| ReadOrder::from(opened.take())) {
+            states.iter().for_each(|state| state.note_opened(opened.clone()));
+        }
+        Ok(states)
     }
 
     fn capture(&self, of: &LlbOp, capture: &mut shipway_attest::Capture) -> Result<()> {
@@ -257,6 +264,7 @@ pub(crate) fn process(
         resources: ResourceLimits::default(),
         edits: Edits::default(),
         proxy: None,
+        opened: None,
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
         keep_alive: KeepAlive(Some(guards)),

@@ -6,7 +6,13 @@ use parking_lot::Mutex;
 use shipway_oci::Digest;
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_solver::Vertex;
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 use tokio::sync::watch;
 
 /// What is to become of a state's topmost layer.
@@ -44,6 +50,8 @@ struct Planned {
 #[derive(Default)]
 struct Inner {
     states: Mutex<HashMap<(Digest, usize), Planned>>,
+    /// Whether what steps open is noted.
+    notes_opened: AtomicBool,
     /// Closed at the end.
     end: watch::Sender<()>,
 }
@@ -75,6 +83,17 @@ impl ExportPlan {
             let below = inputs.into_iter().filter_map(|i| vertex.inputs.get(i));
             queue.extend(below.map(|(vertex, output)| (vertex, *output, last && !adds_layer)));
         }
+    }
+
+    /// Has it noted which files are opened by the steps whose layers are exported.
+    pub fn note_opened(&self) {
+        self.0.notes_opened.store(true, Relaxed);
+    }
+
+    /// Whether it is to be noted which files `vertex` opens.
+    pub(crate) fn notes_opened(&self, vertex: Digest) -> bool {
+        self.0.notes_opened.load(Relaxed)
+            && self.0.states.lock().keys().any(|(exported, _)| *exported == vertex)
     }
 
     /// What is planned for the layer of output `output` of `vertex`.

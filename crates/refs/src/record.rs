@@ -6,8 +6,12 @@ use shipway_storage::{GC_FLAT, Labels, Lease, LeaseId, SnapshotKey};
 use std::{
     fmt,
     str::FromStr,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+/// Paths of files in a root filesystem, in the order in which they are read.
+pub type ReadOrder = Arc<[Vec<u8>]>;
 
 /// What a state is for (row `so.rectypes`); prints as clients know it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -7,7 +7,7 @@ use crate::{
     layer::StackedLayer,
     life::{Life, RecordStage},
     mount::WeakMount,
-    record::{LayerMeta, RecordBody, RecordMeta, RecordType, lease_of},
+    record::{LayerMeta, ReadOrder, RecordBody, RecordMeta, RecordType, lease_of},
     served::Served,
 };
 use parking_lot::Mutex;
@@ -40,6 +40,8 @@ pub(crate) struct Record {
     pub shown: OnceLock<Vec<Mount>>,
     pub mounted: tokio::sync::Mutex<Option<WeakMount>>,
     pub index: TreeIndex,
+    /// What the step opened that made it, if that was noted.
+    pub opened: OnceLock<ReadOrder>,
     /// Blobs that were put into the lease in this run.
     pub secured: Mutex<HashSet<Digest>>,
 }
@@ -66,6 +68,7 @@ impl Record {
             shown: OnceLock::new(),
             mounted: Default::default(),
             index: TreeIndex::default(),
+            opened: OnceLock::new(),
             secured: Mutex::default(),
         }
     }

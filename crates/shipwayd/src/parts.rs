@@ -132,7 +132,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         // Read for each step; what is wrong from the start is better reported now.
         bundle.read()?;
     }
-    let executor = TaskExecutor::new(&containerd, &namespace, tasks)?;
+    let executor = Arc::new(TaskExecutor::new(&containerd, &namespace, tasks)?);
     executor.sweep().await.context(|| "remove what an earlier run left in containerd")?;
     let network = if executor.has_cni() { "cni" } else { "host" };
     let registry = Registry::new(registry);
@@ -157,6 +157,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         replace_managed_images,
         publishing,
         lazy_blobs,
+        executor.clone(),
     );
     let caches = CacheIndex::open(&root.join("cache.redb"), refs.clone())?;
     let solver = Solver::new(Arc::new(caches.clone()), Limits { max_parallel: max_parallelism });
@@ -173,7 +174,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
     let services = Arc::new(Services {
         refs,
         sources,
-        executor: Arc::new(executor),
+        executor,
         sockets: sockets(&root)?,
         cgroup_parent,
         devices: (cdi.disabled != Some(true)).then(|| Arc::new(devices(&cdi))),

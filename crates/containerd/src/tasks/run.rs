@@ -18,6 +18,7 @@ use shipway_executor::{
 };
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use shipway_gocompat::path::rooted;
+use shipway_rootfs::Opened;
 use shipway_task::{blocking, spawn};
 use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
 use tokio::{
@@ -277,6 +278,13 @@ async fn run(
     if answer.is_closed() {
         return Err(Fault::cancelled());
     }
+    let opened = match process.opened.clone() {
+        Some(files) => {
+            let watch = move || Opened::of(pid, move |path| files.add(path));
+            Some(blocking("watch what a process opens", watch).await?)
+        }
+        None => None,
+    };
     let running = Arc::new(Running {
         root: root.clone(),
         dir: inner.config.root.join("run").join(id),
@@ -291,6 +299,13 @@ async fn run(
     };
     let code = start(inner, &ProcessRef::first(id), stdio, io, answer, on_start).await;
     inner.running().remove(id);
+    if let Some(opened) = opened {
+        let end = move || {
+            drop(opened);
+            Ok(())
+        };
+        blocking("note what a process opened", end).await?;
+    }
     // The kernel has killed those who joined; their ends are reported before the container goes.
     let _ = tokio::time::timeout(DRAIN, running.joined.wait()).await;
     let code = code?;

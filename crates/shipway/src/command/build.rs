@@ -71,6 +71,10 @@ pub(crate) struct Args {
     /// may be repeated
     #[arg(short, long = "output", value_name = "OUTPUT")]
     outputs: Vec<String>,
+    /// Command to run in the result: what it reads comes first in its layers and is fetched at
+    /// once where they are pulled lazily; an empty one is the image's own program
+    #[arg(long, value_name = "COMMAND")]
+    optimize: Option<String>,
     /// Push the image to its registry
     #[arg(long)]
     push: bool,

@@ -509,15 +509,32 @@ fn exports(args: &Args) -> Result<Vec<Export>> {
     {
         exports.push(image(&[]));
     }
+    if args.optimize.is_some() && !exports.iter().any(is_image) {
+        return Err(Fault::invalid("--optimize is of no use without an image")
+            .hint("leave it out, or add --output type=image"));
+    }
     for export in &mut exports {
         name(export, &names);
         annotate(export, args)?;
+        optimize(export, args);
     }
     Ok(exports)
 }
 
+fn is_image(export: &Export) -> bool {
+    ["image", "oci", "docker"].contains(&export.kind.as_str())
+}
+
+/// Layers in the order in which a command reads their files; that takes a table of contents.
+fn optimize(export: &mut Export, args: &Args) {
+    if let Some(command) = args.optimize.as_ref().filter(|_| is_image(export)) {
+        export.attrs.entry("optimize".to_owned()).or_insert_with(|| command.clone());
+        export.attrs.entry("compression".to_owned()).or_insert_with(|| "estargz".to_owned());
+    }
+}
+
 fn name(export: &mut Export, names: &[String]) {
-    if !["image", "oci", "docker"].contains(&export.kind.as_str()) {
+    if !is_image(export) {
         return;
     }
     if !names.is_empty() {
@@ -538,7 +555,7 @@ fn name(export: &mut Export, names: &[String]) {
 
 /// `key=value`, which may begin with what it annotates.
 fn annotate(export: &mut Export, args: &Args) -> Result<()> {
-    if !["image", "oci", "docker"].contains(&export.kind.as_str()) {
+    if !is_image(export) {
         return Ok(());
     }
     for (key, value) in spec::pairs(&args.annotations).context(|| "--annotation")? {
@@ -662,6 +679,17 @@ mod tests {
             &["-> image name=docker.io/library/a:latest,push=true,unpack=true None"],
         );
         check("--push", &["error tag is needed when pushing to registry"]);
+        check(
+            "-t a --optimize app",
+            &[
+                "-> image compression=estargz,name=docker.io/library/a:latest,optimize=app,unpack=true None",
+            ],
+        );
+        check(
+            "-o type=oci,dest=$D/x.tar,compression=zstdchunked --optimize app",
+            &[r#"-> oci compression=zstdchunked,optimize=app File(Path("$D/x.tar"))"#],
+        );
+        check("-o $D/out --optimize app", &["error --optimize is of no use without an image"]);
         check("-t a -o $D/out", &[r#"-> local  Dir { path: "$D/out", delete: false }"#]);
         check(
             "-o type=oci,dest=$D/x.tar -t a",
