@@ -62,7 +62,7 @@ fn mistakes_are_pointed_at() {
         ("HEALTHCHECK --retries=x CMD x", "2:12 --retries=x"),
         ("HEALTHCHECK run x", "2:12 run"),
         ("ONBUILD ONBUILD RUN x", "2:8 ONBUILD"),
-        ("RUN --network=x y", "2:14 x"),
+        ("RUN --network=x/z y", "2:14 x/z"),
         ("RUN --security=maybe y", "2:15 maybe"),
         ("RUN --mount=type=cache,from=$x y", "2:23 from=$x"),
         ("FROM a AS 1x", "2:10 1x"),

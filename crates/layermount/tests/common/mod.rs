@@ -325,7 +325,8 @@ fn serve(device: &OwnedFd, files: &Mutex<Files>, reads: &AtomicU64) {
         let length = match read(device, &mut buffer[..]) {
             Ok(length) => length,
             Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => continue,
-            Err(Errno::NODEV) => return,
+            // The connection has ended: the kernel has a word for each way.
+            Err(Errno::NODEV | Errno::CONNABORTED) => return,
             Err(error) => panic!("read a request: {error}"),
         };
         let request = Request::parse(&buffer[..length]).unwrap();
