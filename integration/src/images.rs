@@ -14,7 +14,7 @@ use std::{
 pub fn stripped(at: &Path) -> PathBuf {
     let programs = at.join("programs");
     fs::create_dir(&programs).unwrap();
-    for name in ["shipwayd", "shipway", "shipway-snapshotter"] {
+    for name in ["shipwayd", "shipway", "shipway-snapshotter", "shipway-keeper"] {
         run(Command::new("strip").arg("-o").arg(programs.join(name)).arg(built(name))).ok();
     }
     programs

@@ -257,10 +257,12 @@ fn an_end_in_the_middle_leaves_nothing() {
         pulling.join().unwrap().unwrap_err();
         lab.start_snapshotter();
         assert_eq!(unfinished(&lab), [""; 0]);
+        wait_for("containerd to reach the snapshotter", Duration::from_secs(30), || {
+            let said = lab.ctr(["snapshots", "--snapshotter", "shipway", "list"]);
+            if said.code == Some(0) { Ok(()) } else { Err(said.all()) }
+        });
     }
-    wait_for("containerd to reach the snapshotter", Duration::from_secs(30), || {
-        try_pull(&lab, &image)
-    });
+    try_pull(&lab, &image).unwrap();
     assert_eq!(blobs(&lab), 3, "index, manifest and config, but no layer");
     all_whole(&lab, 2);
     assert_eq!(lab.ctr(words(&image, EVERYTHING)).ok().stdout, eager);

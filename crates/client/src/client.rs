@@ -224,8 +224,8 @@ impl Client {
             .map_err(|s| fault_of(&s).context("failed to prune")))
     }
 
-    /// The records that [`Client::prune`] would remove, in that order. `Unimplemented` from a daemon
-    /// that cannot say so, such as buildkitd.
+    /// The records that [`Client::prune`] would remove, in that order. `Unimplemented` from a
+    /// daemon that cannot say so, such as buildkitd.
     pub async fn would_prune(&self, options: &PruneOptions) -> Result<Vec<UsageInfo>> {
         // A daemon that does not know the question answers another one, and removes nothing.
         let mut request = tonic::Request::new(wire::DiskUsageRequest::default());

@@ -90,8 +90,8 @@ fn is_whiteout(path: &[u8]) -> bool {
     path.rsplit(|b| *b == b'/').next().unwrap_or_default().starts_with(WHITEOUT)
 }
 
-/// Where files go in the file of data, one after the other: all files that are not landmarks, in the
-/// order of the archive.
+/// Where files go in the file of data, one after the other: all files that are not landmarks, in
+/// the order of the archive.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DataPlaces {
     end: u64,

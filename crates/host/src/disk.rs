@@ -53,8 +53,8 @@ impl From<&StatVfs> for Disk {
     }
 }
 
-/// Bytes that a file, or a directory with all that is in it, takes on the disk; nothing if it cannot
-/// be read.
+/// Bytes that a file, or a directory with all that is in it, takes on the disk; nothing if it
+/// cannot be read.
 pub fn bytes_of(path: &Path) -> u64 {
     bytes_within(path, MAX_DEPTH)
 }

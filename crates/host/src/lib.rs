@@ -1,5 +1,6 @@
 //! What programs take from the host in one way: random numbers, files that are replaced as a whole,
-//! how large a file system is and when it is full; and what they report to be missing on it ([`doctor`]).
+//! how large a file system is and when it is full; and what they report to be missing on it
+//! ([`doctor`]).
 //!
 //! `rustix` asks for sizes; `ring` reads the kernel's random numbers, as it does for the keys of
 //! TLS; `tempfile` makes names that no other file has.

@@ -183,8 +183,8 @@ impl RefStore {
         self.states().blobs_kept()
     }
 
-    /// Removes what may go, reporting each state to `on_removed` with the bytes that go with it, and
-    /// returns once containerd has freed the space. One prune runs at a time.
+    /// Removes what may go, reporting each state to `on_removed` with the bytes that go with it,
+    /// and returns once containerd has freed the space. One prune runs at a time.
     pub async fn prune(
         &self,
         options: PruneOptions,

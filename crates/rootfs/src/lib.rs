@@ -9,8 +9,8 @@
 //! the table of mounts is read here ([`mounts_below`]). Crate `filesync` has an opening of its own,
 //! because it also runs on the client's side, where kernels and sandboxes without the call are.
 //!
-//! Nothing here knows what asks for a root filesystem. `libc` is for fanotify, which rustix has not;
-//! the only `unsafe` is there.
+//! Nothing here knows what asks for a root filesystem. `libc` is for fanotify, which rustix has
+//! not; the only `unsafe` is there.
 
 mod attached;
 pub mod identity;

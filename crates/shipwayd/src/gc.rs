@@ -1,5 +1,5 @@
-//! When and by which rules the daemon prunes by itself (rows `so.gc.*`, `toml.w.gc*`); how, and what
-//! happens between two runs, is [`Quota`]'s.
+//! When and by which rules the daemon prunes by itself (rows `so.gc.*`, `toml.w.gc*`); how, and
+//! what happens between two runs, is [`Quota`]'s.
 
 use crate::{config::DiskSpace, filter, prune, settings::GcSettings};
 use shipway_buildcache::Quota;
@@ -122,7 +122,8 @@ impl Trigger {
     }
 }
 
-/// Prunes by the rules of `quota` a moment after each wake-up, at most once a minute, until dropped.
+/// Prunes by the rules of `quota` a moment after each wake-up, at most once a minute, until
+/// dropped.
 pub async fn run(quota: Quota, trigger: Trigger) {
     at_times(&trigger, || quota.apply()).await;
 }
