@@ -264,8 +264,9 @@ impl Inner {
     /// Prunes by all rules.
     async fn prune(&self, pace: Pace) {
         meter::GC_RUNS.add(1);
+        // What is pruned are states: the rest stays as large as it is.
+        let besides = self.besides().await;
         for rule in &self.rules {
-            let besides = self.besides().await;
             let mut options = PruneOptions { besides, ..rule.clone() };
             match pace {
                 Pace::Timer => options.rest = true,

@@ -6,6 +6,7 @@
 use shipway_executor::fake::FakeExecutor;
 use shipway_exporters::{
     ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, LazyBlobs, Publishing,
+    StateWatcher,
 };
 use shipway_fault::Fault;
 use shipway_oci::{Digest, Platform};
@@ -69,6 +70,14 @@ impl Lab {
         let attrs = [("name", NAME)].iter().chain(more);
         let attrs = attrs.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         self.exporters.resolve("image", &attrs).unwrap()
+    }
+
+    /// An exporter that `states` were shown to as they were made, and what shows them.
+    fn watching(&self, states: &[ImmutableRef]) -> (Arc<dyn Exporter>, StateWatcher) {
+        let exporter = self.exporter(&[]);
+        let watch = exporter.watcher("build", 0).unwrap();
+        states.iter().for_each(|state| watch(state));
+        (exporter, watch)
     }
 
     async fn export(&self, exporter: &dyn Exporter, build: &str, state: &ImmutableRef) {
@@ -196,9 +205,7 @@ async fn what_a_namespace_has_is_not_written_again() {
 async fn a_build_that_fails_leaves_nothing_in_other_namespaces() {
     let lab = Lab::new(FakeNamespaces::new()).await;
     let states = lab.states(3).await;
-    let exporter = lab.exporter(&[]);
-    let watch = exporter.watcher("build", 0).unwrap();
-    states.iter().for_each(|state| watch(state));
+    let (exporter, watch) = lab.watching(&states);
     lab.until("all layers are there", |c| c.snapshots == 3 && c.blobs == 3).await;
     drop((watch, exporter));
     lab.until("nothing is there", |c| c == Default::default()).await;
@@ -208,9 +215,7 @@ async fn a_build_that_fails_leaves_nothing_in_other_namespaces() {
 async fn a_snapshotter_that_does_not_share_is_asked_once_ahead_and_unpacks_at_the_end() {
     let lab = Lab::new(FakeNamespaces::isolated()).await;
     let states = lab.states(3).await;
-    let exporter = lab.exporter(&[]);
-    let watch = exporter.watcher("build", 0).unwrap();
-    states.iter().for_each(|state| watch(state));
+    let (exporter, watch) = lab.watching(&states);
     lab.until("all blobs are there", |c| c.blobs == 3 && c.snapshots == 0).await;
     let last = states.last().unwrap();
     lab.export(exporter.as_ref(), "build", last).await;
@@ -223,9 +228,7 @@ async fn a_snapshotter_that_does_not_share_is_asked_once_ahead_and_unpacks_at_th
 async fn what_was_lost_since_it_was_published_ahead_is_made_again() {
     let lab = Lab::new(FakeNamespaces::new()).await;
     let states = lab.states(3).await;
-    let exporter = lab.exporter(&[]);
-    let watch = exporter.watcher("build", 0).unwrap();
-    states.iter().for_each(|state| watch(state));
+    let (exporter, watch) = lab.watching(&states);
     lab.until("all layers are there", |c| c.snapshots == 3 && c.blobs == 3).await;
     // The build took longer than its lease lasts.
     for name in OTHERS {

@@ -12,7 +12,7 @@ use rustix::{
 use shipway_cachemounts::{Archive, Place, Request, Restored};
 use shipway_fault::{Code, Fault, Result};
 use shipway_gocompat::path::rooted;
-use shipway_progress::{Reporter, WarningUpdate};
+use shipway_progress::Reporter;
 use shipway_refs::{Filling, LocalMount, NamedRef, NamedRequest, RecordType, RefStore};
 use shipway_rootfs::{open_directory, open_in_root};
 use std::{
@@ -261,14 +261,7 @@ async fn restored(
 
 fn warn(reporter: &Reporter, what: &str, fault: &Fault) {
     tracing::info!(error = %fault, what, "failed to restore");
-    reporter.warn(WarningUpdate {
-        vertex: reporter.digest(),
-        level: 1,
-        short: format!("{what} not restored: {fault}"),
-        detail: fault.hints().map(str::to_owned).collect(),
-        url: String::new(),
-        source: None,
-    });
+    reporter.warn_of(format!("{what} not restored: {fault}"), fault);
 }
 
 #[cfg(test)]

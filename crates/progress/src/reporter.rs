@@ -6,7 +6,7 @@ use crate::{
     journal::{JournalInner, weight},
 };
 use parking_lot::Mutex;
-use shipway_fault::redact_text;
+use shipway_fault::{Fault, redact_text};
 use shipway_oci::Digest;
 use std::{
     collections::HashMap,
@@ -262,6 +262,19 @@ impl Reporter {
         let event = event(bytes);
         state.past.push(event.clone());
         Self::say(&mut state, event);
+    }
+
+    /// A warning that the vertex goes on without something that failed; what `fault` advises are
+    /// its further lines.
+    pub fn warn_of(&self, short: String, fault: &Fault) {
+        self.warn(WarningUpdate {
+            vertex: self.digest(),
+            level: 1,
+            short,
+            detail: fault.hints().map(str::to_owned).collect(),
+            url: String::new(),
+            source: None,
+        });
     }
 
     /// A warning about the vertex.

@@ -89,6 +89,7 @@ mod record;
 mod records;
 mod reordered;
 mod retime;
+mod rewritten;
 mod run_lease;
 mod served;
 mod store;

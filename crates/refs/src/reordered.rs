@@ -1,19 +1,18 @@
 //! States whose layers begin with what is read first.
 
 use crate::{
-    assemble::image,
     blob_writer::{Feed, Sink},
     blobs::Fetch,
     immutable::ImmutableRef,
-    layer::{LayerBlob, LazyLayer},
+    layer::LayerBlob,
     record::ReadOrder,
     records::{Record, Records},
+    rewritten::{Original, Rewrite, common},
 };
 use shipway_archive::{Compression, CompressionKind, FirstFiles, ReadFirst, recompress_in_order};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{Labels, UNCOMPRESSED};
 
 /// What a step opened.
 #[derive(Clone, Debug)]
@@ -64,34 +63,15 @@ impl ImmutableRef {
         // Each is compressed anew whatever it is.
         let plain = Compression { force: false, ..compression.plain() };
         let blobs = self.blobs(plain, Fetch::Everything, progress).await?;
-        let common = match compression.force {
-            true => 0,
-            false => {
-                blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count()
-            }
+        let common = if compression.force { 0 } else { common(&blobs, base) };
+        let rewrite: &Rewrite<'_> = &|Original { records, record, number, blob, kind }| {
+            let reordered = records.reorder(record, blob, kind, first(number), compression);
+            Box::pin(async move {
+                let what = || format!("put what is read first in front in {}", blob.diff_id);
+                reordered.await.context(what)
+            })
         };
-        if common == blobs.len() {
-            return Ok(self.clone());
-        }
-        let times = self.layer_times().await?;
-        let layered = self.layered().await?;
-        let (records, record) = (layered.records(), layered.record());
-        records.ensure_lease(record).await?;
-        let mut layers = Vec::with_capacity(blobs.len());
-        for (i, blob) in blobs.into_iter().enumerate() {
-            let kind = CompressionKind::of_media_type(&blob.descriptor.media_type);
-            let (diff_id, descriptor) = match kind.filter(|_| i >= common) {
-                Some(kind) => records
-                    .reorder(record, &blob, kind, first(i), compression)
-                    .await
-                    .context(|| format!("put what is read first in front in {}", blob.diff_id))?,
-                // A layer of an unknown kind stays as it is.
-                None => (blob.diff_id, blob.descriptor),
-            };
-            let created = times.get(i).copied();
-            layers.push(LazyLayer { diff_id, descriptor, source: None, created });
-        }
-        Ok(image(records, layers, self.description().into(), self.record_type()).into())
+        self.rewritten(blobs, common, rewrite).await
     }
 }
 
@@ -115,9 +95,7 @@ impl Records {
             let first = ReadFirst { files: FirstFiles::Paths(&first), spool };
             recompress_in_order(&mut || input.next(), kind, how, first, None, sink)
         };
-        let (packed, writer) = self.backend.stream(&record.lease, reference, work).await?;
-        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id().to_string())]);
-        writer.commit(Some(packed.digest), &labels).await?;
+        let packed = self.write_layer(record, reference, work).await?;
         let mut descriptor = Descriptor::new(how.kind.media_type(), packed.digest, packed.size);
         descriptor.annotations = blob.descriptor.annotations.clone();
         if let Some(indexed) = &packed.indexed {

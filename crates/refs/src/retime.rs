@@ -1,18 +1,17 @@
 //! States with no time later than a given one (row `ex.c.rewrite`).
 
 use crate::{
-    assemble::image,
     blob_writer::{Feed, Sink},
     blobs::Fetch,
     immutable::ImmutableRef,
-    layer::{LayerBlob, LazyLayer},
+    layer::LayerBlob,
     records::{Record, Records},
+    rewritten::{Original, Rewrite, common},
 };
 use shipway_archive::{Compression, CompressionKind};
 use shipway_fault::{Context as _, Result};
 use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{Labels, UNCOMPRESSED};
 
 /// Annotation with the time that a layer was rewritten with, whether that changed it or not.
 pub const REWRITTEN: &str = "buildkit/rewritten-timestamp";
@@ -29,38 +28,18 @@ impl ImmutableRef {
     ) -> Result<ImmutableRef> {
         // A table of contents is made of what comes out.
         let blobs = self.blobs(compression.plain(), Fetch::Everything, progress).await?;
-        let common =
-            blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count();
-        if common == blobs.len() {
-            return Ok(self.clone());
-        }
-        let times = self.layer_times().await?;
-        let layered = self.layered().await?;
-        let (records, record) = (layered.records(), layered.record());
-        records.ensure_lease(record).await?;
-        let mut layers = Vec::with_capacity(blobs.len());
-        for (i, blob) in blobs.into_iter().enumerate() {
-            let kind = CompressionKind::of_media_type(&blob.descriptor.media_type);
-            let (diff_id, descriptor) = match kind.filter(|_| i >= common) {
-                Some(kind) => {
-                    let how = match compression.kind.is_indexed() {
-                        true => compression,
-                        false => Compression { kind, ..compression },
-                    };
-                    let rewritten = records.rewrite(record, &blob, (kind, latest), how).await;
-                    rewritten.context(|| format!("rewrite the times in layer {}", blob.diff_id))?
-                }
-                // A layer of an unknown kind stays as it is.
-                None => (blob.diff_id, blob.descriptor),
+        let common = common(&blobs, base);
+        let rewrite: &Rewrite<'_> = &|Original { records, record, blob, kind, .. }| {
+            let how = match compression.kind.is_indexed() {
+                true => compression,
+                false => Compression { kind, ..compression },
             };
-            layers.push(LazyLayer {
-                diff_id,
-                descriptor,
-                source: None,
-                created: times.get(i).copied(),
-            });
-        }
-        Ok(image(records, layers, self.description().into(), self.record_type()).into())
+            let rewritten = records.rewrite(record, blob, (kind, latest), how);
+            Box::pin(async move {
+                rewritten.await.context(|| format!("rewrite the times in layer {}", blob.diff_id))
+            })
+        };
+        self.rewritten(blobs, common, rewrite).await
     }
 }
 
@@ -79,9 +58,7 @@ impl Records {
         let work = move |sink: Sink<'_>| {
             shipway_archive::retime(&mut || input.next(), kind, latest, how, None, sink)
         };
-        let (packed, writer) = self.backend.stream(&record.lease, reference, work).await?;
-        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id().to_string())]);
-        writer.commit(Some(packed.digest), &labels).await?;
+        let packed = self.write_layer(record, reference, work).await?;
         let mut descriptor = blob.descriptor.clone();
         (descriptor.digest, descriptor.size) = (packed.digest, packed.size);
         if let Some(indexed) = &packed.indexed {

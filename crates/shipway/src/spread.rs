@@ -131,7 +131,7 @@ impl Join {
     }
 
     /// Pushes the index of what the nodes pushed; gives what an exporter would answer.
-    pub(crate) async fn push(
+    async fn push(
         &self,
         outcomes: &[&Outcome],
         events: &mpsc::Sender<Status>,
@@ -287,17 +287,30 @@ impl Spread {
         outcomes.sort_by_key(|(n, ..)| *n);
         let outcomes: Vec<(usize, Outcome)> =
             outcomes.into_iter().map(|(_, node, outcome)| (node, outcome)).collect();
-        let response = match &self.join {
+        Built::of(self.join.as_ref(), outcomes, &events, &stop).await
+    }
+}
+
+impl Built {
+    /// What `outcomes` of all parts come to, whose images `join` puts together, if there are
+    /// several.
+    pub(crate) async fn of(
+        join: Option<&Join>,
+        outcomes: Vec<(usize, Outcome)>,
+        events: &mpsc::Sender<Status>,
+        stop: &CancellationToken,
+    ) -> Result<Self> {
+        let response = match join {
             Some(join) => {
                 let all: Vec<&Outcome> = outcomes.iter().map(|(_, outcome)| outcome).collect();
                 tokio::select! {
-                    pushed = join.push(&all, &events) => pushed?,
+                    pushed = join.push(&all, events) => pushed?,
                     () = stop.cancelled() => return Err(Fault::cancelled()),
                 }
             }
             None => outcomes.first().map(|(_, o)| o.response.clone()).unwrap_or_default(),
         };
-        Ok(Built { response, outcomes })
+        Ok(Self { response, outcomes })
     }
 }
 

@@ -6,7 +6,7 @@ use shipway_buildcache::room_was_made;
 use shipway_exporters::{ExportInput, Exporter, Response};
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Digest;
-use shipway_progress::{LogStream, Reporter, WarningUpdate};
+use shipway_progress::{LogStream, Reporter};
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_remotecache::{
     CacheBackend, CacheClients, CacheRequest, Export, ExportOptions, INLINE, Import, ReadCache,
@@ -64,14 +64,8 @@ impl Importing {
             Err(fault) => {
                 let cache = self.request.shown();
                 tracing::info!(error = %fault, cache, "failed to import cache");
-                self.reporter.warn(WarningUpdate {
-                    vertex: self.reporter.digest(),
-                    level: 1,
-                    short: format!("the cache {cache} was not imported: {fault}"),
-                    detail: fault.hints().map(str::to_owned).collect(),
-                    url: String::new(),
-                    source: None,
-                });
+                self.reporter
+                    .warn_of(format!("the cache {cache} was not imported: {fault}"), &fault);
                 self.reporter.completed(Some(fault.to_string()));
                 None
             }
@@ -197,14 +191,7 @@ async fn export_one(
     if let Err(fault) = done.as_ref()
         && excused(scope, request, fault)
     {
-        reporter.warn(WarningUpdate {
-            vertex: reporter.digest(),
-            level: 1,
-            short: format!("the cache {} was not exported: {fault}", request.shown()),
-            detail: fault.hints().map(str::to_owned).collect(),
-            url: String::new(),
-            source: None,
-        });
+        reporter.warn_of(format!("the cache {} was not exported: {fault}", request.shown()), fault);
     }
     reporter.completed(done.as_ref().err().map(ToString::to_string));
     done

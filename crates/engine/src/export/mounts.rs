@@ -10,7 +10,7 @@ use shipway_exporters::Response;
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Descriptor;
 use shipway_ops::{CacheMounts, MountSource, OpenPlace, UsedMount};
-use shipway_progress::{Reporter, WarningUpdate};
+use shipway_progress::Reporter;
 use shipway_remotecache::{CacheClients, CacheRequest};
 use std::{sync::Arc, time::Duration};
 
@@ -186,14 +186,7 @@ async fn save_one(
 
 fn warn(reporter: &Reporter, what: &str, fault: &Fault) {
     tracing::info!(error = %fault, what, "failed to save");
-    reporter.warn(WarningUpdate {
-        vertex: reporter.digest(),
-        level: 1,
-        short: format!("{what} not saved: {fault}"),
-        detail: fault.hints().map(str::to_owned).collect(),
-        url: String::new(),
-        source: None,
-    });
+    reporter.warn_of(format!("{what} not saved: {fault}"), fault);
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Map, Value, json};
 use shipway_client::Location;
 use shipway_fault::{Context, Fault, Result};
@@ -42,6 +43,8 @@ pub(super) const OPTIONS: &[&str] = &[
     "default-load",
     "timeout",
 ];
+/// What stays as it is in an address (RFC 3986).
+const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 /// The container of a pod in which the daemon is.
 const CONTAINER: &str = "buildkitd";
 /// On pods: the platforms that the node was created for.
@@ -150,16 +153,8 @@ fn tolerations(list: &str) -> Result<Vec<Value>> {
 
 /// The endpoint of a new node: where it is configured, and what it is.
 pub(crate) fn endpoint(builder: &str, node: &str, kubeconfig: &str) -> String {
-    let escaped: String = kubeconfig
-        .bytes()
-        .map(|b| match b {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
-                char::from(b).to_string()
-            }
-            b' ' => "+".to_owned(),
-            b => format!("%{b:02X}"),
-        })
-        .collect();
+    // As Go writes a value of a query.
+    let escaped = utf8_percent_encode(kubeconfig, UNRESERVED).to_string().replace("%20", "+");
     format!("kubernetes:///{builder}?deployment={node}&kubeconfig={escaped}")
 }
 

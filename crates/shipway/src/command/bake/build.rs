@@ -235,18 +235,8 @@ impl<'a> Work<'a> {
                 Some((part.node, outcome))
             };
             let all: Vec<(usize, Outcome)> = parts.iter().filter_map(of).collect();
-            let response = match self.joins.get(name) {
-                Some(join) => {
-                    let all: Vec<&Outcome> = all.iter().map(|(_, outcome)| outcome).collect();
-                    let pushed = tokio::select! {
-                        pushed = join.push(&all, events) => pushed,
-                        () = stop.cancelled() => Err(Fault::cancelled()),
-                    };
-                    pushed.map_err(|f| f.context(format!("target {name}")))?
-                }
-                None => all.first().map(|(_, o)| o.response.clone()).unwrap_or_default(),
-            };
-            built.insert(name.clone(), Built { response, outcomes: all });
+            let one = Built::of(self.joins.get(name), all, events, stop).await;
+            built.insert(name.clone(), one.map_err(|f| f.context(format!("target {name}")))?);
         }
         Ok(built)
     }

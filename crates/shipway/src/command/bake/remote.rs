@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use shipway_bake::File;
 use shipway_client::{Client, Definition, SolveOptions};
 use shipway_fault::{Code, Context as _, Fault, Result};
@@ -15,6 +16,9 @@ use crate::{
     spec,
 };
 
+/// What stays as it is in a value of a query.
+const IN_QUERY: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~').remove(b'/');
 /// What a download is called on the builder.
 const DOWNLOAD: &str = "context";
 /// Bytes by which an archive is known.
@@ -196,7 +200,7 @@ fn within(url: &str, directory: &str) -> Result<String> {
         && query.split('&').any(|pair| pair.starts_with("subdir="))
     {
         let pair = |pair: &str| match pair.starts_with("subdir=") {
-            true => format!("subdir={}", escaped(&directory)),
+            true => format!("subdir={}", utf8_percent_encode(&directory, IN_QUERY)),
             false => pair.to_owned(),
         };
         let query: Vec<String> = query.split('&').map(pair).collect();
@@ -205,14 +209,6 @@ fn within(url: &str, directory: &str) -> Result<String> {
     let (base, fragment) = url.split_once('#').unwrap_or((url, ""));
     let reference = fragment.split(':').next().unwrap_or_default();
     Ok(format!("{base}#{reference}:{directory}"))
-}
-
-/// A value of a query.
-fn escaped(text: &str) -> String {
-    let keep = |b: u8| b.is_ascii_alphanumeric() || b"-_.~/".contains(&b);
-    text.bytes()
-        .map(|b| if keep(b) { char::from(b).to_string() } else { format!("%{b:02X}") })
-        .collect()
 }
 
 /// A context with a name, for which there is no way to say a directory of an archive.
