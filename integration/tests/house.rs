@@ -50,7 +50,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
         &["build", "devices", "exec", "export_plan", "failed_state", "job", "op", "step_options"],
     ),
     ("registry", &["auth", "repository", "request"]),
-    ("registry", &["hosts", "hosts_toml"]),
     ("snapstore", &["lazy", "model"]),
 ];
 

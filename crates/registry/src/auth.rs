@@ -7,8 +7,8 @@
 use crate::{
     CredentialSource, Credentials, Given, Token,
     challenge::{self, Challenge},
+    endpoint::{Endpoint, Scheme},
     error::Kind,
-    hosts::{Endpoint, Scheme},
     request::{message_in, retry_after},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};

@@ -2,9 +2,10 @@
 
 use crate::{
     Error, Repository,
+    endpoint::Capability,
     error::Kind,
     limit::{Permit, Priority},
-    request::{ApiRequest, Capability},
+    request::ApiRequest,
 };
 use bytes::Bytes;
 use futures::{Stream, stream};

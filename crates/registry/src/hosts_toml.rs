@@ -1,7 +1,7 @@
 //! containerd's `certs.d/<host>/hosts.toml` (containerd docs, `hosts.md`), and Docker's bare
 //! certificate directories.
 
-use crate::hosts::{Capabilities, Endpoint, Scheme, certificate_files, host_of_authority};
+use crate::endpoint::{Capabilities, Endpoint, Scheme, certificate_files, host_of_authority};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use serde::Deserialize;
 use shipway_gocompat::GoDuration;

@@ -20,6 +20,7 @@ mod blob;
 mod challenge;
 mod config;
 mod credentials;
+mod endpoint;
 mod error;
 mod hosts;
 mod hosts_toml;

@@ -3,9 +3,9 @@
 
 use crate::{
     Error, Repository,
+    endpoint::{Capability, Endpoint},
     error::Kind,
-    hosts::Endpoint,
-    request::{ApiRequest, Capability, check_status},
+    request::{ApiRequest, check_status},
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};

@@ -3,10 +3,10 @@
 use crate::{
     Error, Repository,
     auth::ChallengeOutcome,
+    endpoint::{Capability, Endpoint},
     error::Kind,
-    hosts::Endpoint,
     limit::Priority,
-    request::{ApiRequest, Capability, check_status, denied},
+    request::{ApiRequest, check_status, denied},
 };
 use bytes::Bytes;
 use futures::{

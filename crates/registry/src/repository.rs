@@ -3,10 +3,11 @@
 use crate::{
     CredentialSource, Credentials, Error, RegistryConfig, Token,
     auth::{AuthStores, Authorizer, TokenClient, token_server},
+    endpoint::{Capability, Endpoint, Scheme},
     error::Kind,
-    hosts::{self, Endpoint, Scheme},
+    hosts,
     limit::Limits,
-    request::{ApiRequest, Capability},
+    request::ApiRequest,
 };
 use bytes::Bytes;
 use http::{Method, header};

@@ -3,8 +3,8 @@
 use crate::{
     Error, Repository,
     auth::{AuthHeader, ChallengeOutcome, Scopes},
+    endpoint::{Capability, Endpoint},
     error::Kind,
-    hosts::{Endpoint, Scheme},
     limit::{Permit, Priority},
     repository::Mode,
 };
@@ -20,14 +20,6 @@ const MAX_ERROR_BODY: u64 = 64 << 10;
 const MAX_WORDS: usize = 400;
 /// Most tries at one endpoint.
 const MAX_TRIES: u32 = 5;
-
-/// What an endpoint must be able to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Capability {
-    Pull,
-    Resolve,
-    Push,
-}
 
 /// A question.
 #[derive(Clone, Debug)]
@@ -264,21 +256,6 @@ impl Repository {
             if push && endpoint.capabilities.push { ",push" } else { "" }
         );
         Scopes::of([own.as_str()].into_iter().chain(more.iter().map(String::as_str)))
-    }
-}
-
-impl Endpoint {
-    pub(crate) fn can(&self, need: Capability) -> bool {
-        let c = self.capabilities;
-        match need {
-            Capability::Pull => c.pull,
-            Capability::Resolve => c.pull && c.resolve,
-            Capability::Push => c.push,
-        }
-    }
-
-    pub(crate) fn may_be_plain(&self) -> bool {
-        self.scheme == Scheme::Either
     }
 }
 
