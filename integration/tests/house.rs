@@ -49,7 +49,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
         "ops",
         &["build", "devices", "exec", "export_plan", "failed_state", "job", "op", "step_options"],
     ),
-    ("registry", &["auth", "repository", "request"]),
     ("snapstore", &["lazy", "model"]),
 ];
 

@@ -9,7 +9,7 @@ use crate::{
     challenge::{self, Challenge},
     endpoint::{Endpoint, Scheme},
     error::Kind,
-    request::{message_in, retry_after},
+    failure::{message_in, retry_after},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};

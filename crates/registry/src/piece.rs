@@ -5,7 +5,8 @@ use crate::{
     Error, Repository,
     endpoint::{Capability, Endpoint},
     error::Kind,
-    request::{ApiRequest, check_status},
+    failure::check_status,
+    request::ApiRequest,
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};

@@ -5,8 +5,9 @@ use crate::{
     auth::ChallengeOutcome,
     endpoint::{Capability, Endpoint},
     error::Kind,
+    failure::check_status,
     limit::Priority,
-    request::{ApiRequest, check_status, denied},
+    request::{ApiRequest, denied},
 };
 use bytes::Bytes;
 use futures::{
