@@ -11,8 +11,9 @@
 //! values.
 //!
 //! In the order of the work: `source` has blocks and attributes of HCL or JSON; `resolve` evaluates
-//! variables, functions and blocks, each after what it asks for (`names`), with `eval` and
-//! `functions` over `value` and `convert`; `compose` makes targets of services; `model` merges.
+//! variables, functions and blocks, each after what it asks for (`names`), with `eval`,
+//! `functions` and `operations` over `value` and `convert`; `compose` makes targets of services;
+//! `model` merges.
 //!
 //! Dependencies worth a word: `hcl-edit` is the one maintained parser of HCL that keeps positions;
 //! `saphyr-parser` reads YAML as in `cdi`; `regex`, `jiff`, `base64`, `unicode-segmentation` and
@@ -30,6 +31,7 @@ mod model;
 mod names;
 mod nesting;
 mod number;
+mod operations;
 mod problem;
 mod resolve;
 mod source;

@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{
     convert::{convert, unify},
-    eval,
     number::Number,
+    operations::index,
     value::{Type, Value},
 };
 
@@ -99,10 +99,10 @@ pub(super) static TABLE: &[Entry] = &[
     }),
     ("hasindex", &[Any, Any], None, |a| match a.value(0)? {
         collection @ (Value::List(..) | Value::Tuple(_)) => Ok(Value::Bool(
-            matches!(a.value(1)?, Value::Number(_)) && eval::index(collection, a.value(1)?).is_ok(),
+            matches!(a.value(1)?, Value::Number(_)) && index(collection, a.value(1)?).is_ok(),
         )),
         collection @ Value::Map(..) => Ok(Value::Bool(
-            matches!(a.value(1)?, Value::String(_)) && eval::index(collection, a.value(1)?).is_ok(),
+            matches!(a.value(1)?, Value::String(_)) && index(collection, a.value(1)?).is_ok(),
         )),
         _ => Err("collection must be a list, a map or a tuple".into()),
     }),
@@ -111,7 +111,7 @@ pub(super) static TABLE: &[Entry] = &[
         match (a.value(0)?, key) {
             (Value::List(..) | Value::Tuple(_), Value::Number(_))
             | (Value::Map(..), Value::String(_)) => {
-                eval::index(a.value(0)?, key).map_err(|_| "invalid index".into())
+                index(a.value(0)?, key).map_err(|_| "invalid index".into())
             }
             (Value::List(..), _) => Err("key for list must be number".into()),
             (Value::Tuple(_), _) => Err("key for tuple must be number".into()),
