@@ -1,11 +1,9 @@
 //! Files of a definition, of whatever form each has.
 
-use std::collections::BTreeMap;
-
 use shipway_fault::{Fault, Result};
 
 use crate::{
-    Host, Variable, compose,
+    File, Host, Options, Variable, compose,
     model::BakeConfig,
     resolve::{self, EvalInputs},
     source::{MAX_FILE, Source},
@@ -22,26 +20,6 @@ pub const DEFAULT_FILES: [&str; 8] = [
     "docker-bake.override.json",
     "docker-bake.override.hcl",
 ];
-
-/// A file of a definition.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct File {
-    /// Its name, which also says its form; `-` for standard input.
-    pub name: String,
-    /// Its bytes.
-    pub data: Vec<u8>,
-}
-
-/// What is known of a definition beside its files.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Built-in variables, such as `BAKE_CMD_CONTEXT`.
-    pub builtins: BTreeMap<String, String>,
-    /// Values of `--var`.
-    pub vars: BTreeMap<String, String>,
-    /// Variables are not set from the environment.
-    pub no_env: bool,
-}
 
 /// A definition that was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -26,6 +26,7 @@ mod entry;
 mod eval;
 mod files;
 mod functions;
+mod input;
 mod json;
 mod model;
 mod names;
@@ -44,7 +45,8 @@ use std::{io, time::SystemTime};
 
 pub use entitlements::{Devices, Granted};
 pub use entry::{Attest, Cache, Output, Secret, Ssh};
-pub use files::{DEFAULT_FILES, File, Options, Parsed, parse};
+pub use files::{DEFAULT_FILES, Parsed, parse};
+pub use input::{File, Options};
 pub use model::{BakeConfig, Group, Plan, Target};
 pub use source::MAX_FILE;
 
