@@ -6,7 +6,7 @@
 //! of its own, and unpacks to the same files. zstd:chunked has it where zstd skips it.
 
 use crate::{
-    Compression, CompressionKind, Loss, Member, MemberKind, Packed, Tar, TarReader,
+    Compression, CompressionKind, Indexed, Loss, Member, MemberKind, Packed, Tar, TarReader,
     block::joined,
     header,
     tar::{
@@ -23,7 +23,6 @@ use shipway_estargz::{
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{DiffId, Hasher};
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{self, Read},
     mem,
@@ -45,15 +44,6 @@ const PIECE: usize = 128 << 10;
 const MAX_HEADERS: usize = 8 << 20;
 /// Blocks of the tar, and pieces of the blob, on their way between threads.
 const QUEUE: usize = 8;
-
-/// What a layer has besides its bytes if it has a table of contents.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Indexed {
-    /// Digest of the tar that the blob holds: in eStargz not that of the layer it was made of.
-    pub diff_id: DiffId,
-    /// What the manifest must say of the layer, so that the table is found and believed.
-    pub annotations: BTreeMap<String, String>,
-}
 
 /// What becomes of files that the tar has under the names of those that the format adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

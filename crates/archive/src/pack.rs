@@ -2,10 +2,10 @@
 //! some compress blocks, and the caller's puts them in order, hashes them and hands them on.
 
 use crate::{
-    Compression, CompressionKind, EntryKind, LayerEntry, LayerTree, Loss, Tar,
+    Compression, CompressionKind, EntryKind, Hashed, LayerEntry, LayerTree, Loss, Packed, Tar,
     block::{BLOCK, BlockCompressor, joined},
     decompress, header, indexed,
-    indexed::{FormatFiles, Indexed, ReadFirst},
+    indexed::{FormatFiles, ReadFirst},
     tar::block::padding,
 };
 use bytes::Bytes;
@@ -28,38 +28,6 @@ use std::{
     },
     thread,
 };
-
-/// What came of hashing a layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hashed {
-    /// The tar.
-    pub tar: Tar,
-    /// What unpacking it does not give back.
-    pub loss: Option<Loss>,
-}
-
-/// What came of packing a layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Packed {
-    /// The tar.
-    pub tar: Tar,
-    /// Digest of the compressed bytes.
-    pub digest: Digest,
-    /// Length of the compressed bytes.
-    pub size: u64,
-    /// What unpacking it does not give back, where it was made of a tree.
-    pub loss: Option<Loss>,
-    /// Its table of contents, where it was to have one.
-    pub indexed: Option<Indexed>,
-}
-
-impl Packed {
-    /// Digest of the tar that the blob holds: the one it was made of, unless a table of contents is
-    /// a part of it.
-    pub fn diff_id(&self) -> DiffId {
-        self.indexed.as_ref().map_or(self.tar.diff_id, |indexed| indexed.diff_id)
-    }
-}
 
 /// Hashes the tar of `tree`. Blocks: call it off the async threads.
 pub fn tar_of(tree: &LayerTree) -> Result<Hashed> {
