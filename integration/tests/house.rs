@@ -36,7 +36,6 @@ const CONVERSIONS: [&str; 8] =
 const CIRCLES: &[(&str, &[&str])] = &[
     ("shipway-snapshotter", &["config", "lazy", "metrics", "status"]),
     ("keeper", &["engine", "layer", "tree"]),
-    ("erofs", &["builder", "image", "read"]),
     ("gateway", &["build", "containers", "convert", "processes", "service"]),
     ("layerstore", &["about", "disk", "error", "index"]),
     ("layerstore", &["fetch", "layer"]),

@@ -14,9 +14,9 @@
 
 use crate::{
     BLOCK as BLOCK_BYTES, BuildError, ReadError, Reader,
-    builder::{Inode, InodeId, Payload, ROOT, Tree},
     format::*,
     limits,
+    tree::{Inode, InodeId, Payload, ROOT, Tree},
     xattr::Shared,
 };
 use std::io::{self, Write};

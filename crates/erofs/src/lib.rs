@@ -35,16 +35,17 @@ mod error;
 mod format;
 mod image;
 pub mod limits;
+mod node;
 mod path;
 mod read;
 mod stored;
+mod tree;
 mod xattr;
 
-pub use builder::{
-    Attributes, Builder, DeviceNumber, Extent, Inserted, Node, OpaqueMark, Options, Time,
-};
+pub use builder::Builder;
 pub use error::{BuildError, ReadError};
 pub use image::{Form, Image, first_block};
+pub use node::{Attributes, DeviceNumber, Extent, Inserted, Node, OpaqueMark, Options, Time};
 pub use read::{Content, DirEntry, Directory, FoundXattr, Kind, Layout, Metadata, Nid, Reader};
 pub use stored::{Bytes, Stored};
 pub use xattr::Xattr;
