@@ -35,7 +35,6 @@ const CONVERSIONS: [&str; 8] =
 /// no more leaves this list.
 const CIRCLES: &[(&str, &[&str])] = &[
     ("shipway-snapshotter", &["config", "lazy", "metrics", "status"]),
-    ("keeper", &["engine", "layer", "tree"]),
     ("gateway", &["build", "containers", "convert", "processes", "service"]),
     ("layerstore", &["about", "disk", "error", "index"]),
     ("layerstore", &["fetch", "layer"]),

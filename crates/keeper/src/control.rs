@@ -1,8 +1,9 @@
 //! The one thread that is not reading requests: what the daemon says, deadlines, signals.
 
 use crate::{
-    engine::{Dropping, Engine, MAX_READ},
+    engine::{Dropping, Engine},
     layer::Layer,
+    limits::MAX_READ,
     message::{Command, Event, FdName},
     serve::{self, Kernel},
     socket::{self, Received},

@@ -13,6 +13,7 @@
 
 use crate::{
     layer::{File, Layer, file_of, named, node_of},
+    limits::{MAX_PAGES, MAX_READ},
     message::{self, Event},
     parking::{ParkedRead, Waiting},
     tree,
@@ -34,11 +35,6 @@ use std::{
 
 /// Threads that read requests.
 pub(crate) const READERS: usize = 2;
-/// Pages of a read at most. EROFS asks for 16 of them; more would only cost memory, which each
-/// thread has as much of as the largest answer.
-const MAX_PAGES: u16 = 64;
-/// Bytes of an answer at most, on a connection that began here.
-pub(crate) const MAX_READ: usize = MAX_PAGES as usize * 4096;
 /// Bytes of a read that is answered at all, which a predecessor may have negotiated.
 const LARGEST_READ: usize = 16 << 20;
 /// Reads in flight that no process waits for. The kernel holds back what is beyond it, reads of

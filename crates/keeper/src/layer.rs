@@ -1,12 +1,12 @@
 //! A layer, as far as reads of it go: two files of the directory, and a tree.
 
-use crate::{map::BlockMap, message::FdName, tree};
+use crate::{map::BlockMap, message::FdName};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     fs::fstat,
     io::{Errno, pread},
 };
-use shipway_erofs::{Bytes, Content, Form, Layout, Nid, ReadError, Stored, first_block};
+use shipway_erofs::{Bytes, Content, Form, Kind, Layout, Nid, ReadError, Stored, first_block};
 use shipway_fusewire::{NodeAttributes, NodeId};
 use std::{
     ops::Range,
@@ -86,6 +86,19 @@ pub(crate) fn named(name: &[u8]) -> Option<(u32, DirEntry)> {
     };
     let plain = n == "0" || n.starts_with(|c: char| matches!(c, '1'..='9'));
     Some((n.parse().ok().filter(|_| plain)?, entry))
+}
+
+/// The bits of `st_mode` that say what kind of file it is.
+pub(crate) fn type_of(kind: Kind) -> u32 {
+    match kind {
+        Kind::Fifo => 0o010_000,
+        Kind::CharDevice => 0o020_000,
+        Kind::Directory => 0o040_000,
+        Kind::BlockDevice => 0o060_000,
+        Kind::File => 0o100_000,
+        Kind::Symlink => 0o120_000,
+        Kind::Socket => 0o140_000,
+    }
 }
 
 /// What the kernel gets where an image cannot be read.
@@ -282,8 +295,35 @@ impl Layer {
             File::Data | File::Image => {
                 Ok(NodeAttributes::new(node, 0o100_400, self.place(file)?.size, 1))
             }
-            File::Tree(nid) => tree::attributes(self, nid),
+            File::Tree(nid) => self.attributes_of(nid),
         }
+    }
+
+    /// Attributes of an inode of the tree.
+    fn attributes_of(&self, nid: Nid) -> Result<NodeAttributes, Errno> {
+        let found = self.image()?.metadata(nid).map_err(errno)?;
+        let (kind, device) = match found.content {
+            Content::File(_) => (Kind::File, None),
+            Content::Directory => (Kind::Directory, None),
+            Content::Symlink => (Kind::Symlink, None),
+            Content::CharDevice(device) => (Kind::CharDevice, Some(device)),
+            Content::BlockDevice(device) => (Kind::BlockDevice, Some(device)),
+            Content::Fifo => (Kind::Fifo, None),
+            Content::Socket => (Kind::Socket, None),
+        };
+        let device = device.map_or(Ok(0), |device| device.encoded()).map_err(|_| Errno::IO)?;
+        Ok(NodeAttributes {
+            node: node_of(self.n, File::Tree(nid)),
+            inode: inode_of(self.n, nid),
+            mode: type_of(kind) | u32::from(found.mode),
+            size: found.size,
+            nlink: found.nlink,
+            uid: found.uid,
+            gid: found.gid,
+            seconds: found.mtime.seconds,
+            nanoseconds: found.mtime.nanoseconds,
+            device,
+        })
     }
 
     /// Blocks of the data file that a read touches.

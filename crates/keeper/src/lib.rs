@@ -45,6 +45,7 @@ mod confine;
 mod control;
 mod engine;
 mod layer;
+mod limits;
 mod map;
 pub mod message;
 mod parking;

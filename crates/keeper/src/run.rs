@@ -3,8 +3,9 @@
 use crate::{
     confine::confine,
     control::{Connection, Control, command},
-    engine::{Engine, MAX_READ},
+    engine::Engine,
     layer::Layer,
+    limits::MAX_READ,
     message::{Command, Event, FdName},
     serve::{self, Kernel},
     socket,

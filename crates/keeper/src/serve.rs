@@ -1,7 +1,8 @@
 //! The connection to the kernel: mounted, read by threads, left.
 
 use crate::{
-    engine::{Engine, MAX_READ, Outside, READERS},
+    engine::{Engine, Outside, READERS},
+    limits::MAX_READ,
     message::Event,
     socket,
 };

@@ -9,54 +9,13 @@
 //! which costs memory and is not wrong.
 
 use crate::{
-    engine::MAX_READ,
-    layer::{File, Layer, errno, inode_of, node_of},
+    layer::{File, Layer, errno, inode_of, type_of},
+    limits::MAX_READ,
 };
 use rustix::io::Errno;
-use shipway_erofs::{Content, Kind, Nid, ReadError, limits};
+use shipway_erofs::{Nid, ReadError, limits};
 use shipway_fusewire::{DirBuffer, NodeAttributes, NodeId, Opened, Operation, Reply, Unique};
 use std::ops::ControlFlow;
-
-/// The bits of `st_mode` that say what kind of file it is.
-fn type_of(kind: Kind) -> u32 {
-    match kind {
-        Kind::Fifo => 0o010_000,
-        Kind::CharDevice => 0o020_000,
-        Kind::Directory => 0o040_000,
-        Kind::BlockDevice => 0o060_000,
-        Kind::File => 0o100_000,
-        Kind::Symlink => 0o120_000,
-        Kind::Socket => 0o140_000,
-    }
-}
-
-/// Attributes of an inode.
-pub(crate) fn attributes(layer: &Layer, nid: Nid) -> Result<NodeAttributes, Errno> {
-    let n = layer.number();
-    let found = layer.image()?.metadata(nid).map_err(errno)?;
-    let (kind, device) = match found.content {
-        Content::File(_) => (Kind::File, None),
-        Content::Directory => (Kind::Directory, None),
-        Content::Symlink => (Kind::Symlink, None),
-        Content::CharDevice(device) => (Kind::CharDevice, Some(device)),
-        Content::BlockDevice(device) => (Kind::BlockDevice, Some(device)),
-        Content::Fifo => (Kind::Fifo, None),
-        Content::Socket => (Kind::Socket, None),
-    };
-    let device = device.map_or(Ok(0), |device| device.encoded()).map_err(|_| Errno::IO)?;
-    Ok(NodeAttributes {
-        node: node_of(n, File::Tree(nid)),
-        inode: inode_of(n, nid),
-        mode: type_of(kind) | u32::from(found.mode),
-        size: found.size,
-        nlink: found.nlink,
-        uid: found.uid,
-        gid: found.gid,
-        seconds: found.mtime.seconds,
-        nanoseconds: found.mtime.nanoseconds,
-        device,
-    })
-}
 
 /// Answers what is asked of an inode, except to read it.
 pub(crate) fn answer<'r>(
@@ -72,7 +31,7 @@ pub(crate) fn answer<'r>(
             Ok(None) => reply.no_entry(unique),
             Err(error) => reply.error(unique, error),
         },
-        Operation::GetAttr => match attributes(layer, nid) {
+        Operation::GetAttr => match layer.attributes(File::Tree(nid)) {
             Ok(found) => reply.attributes(unique, &found),
             Err(error) => reply.error(unique, error),
         },
@@ -107,11 +66,11 @@ pub(crate) fn answer<'r>(
 /// The entry `name` of a directory, or, if it is `.`, an inode of any kind itself.
 fn lookup(layer: &Layer, nid: Nid, name: &[u8]) -> Result<Option<NodeAttributes>, Errno> {
     if name == b"." {
-        return attributes(layer, nid).map(Some);
+        return layer.attributes(File::Tree(nid)).map(Some);
     }
     let image = layer.image()?;
     let found = image.metadata(nid).and_then(|directory| image.lookup(&directory, name));
-    found.map_err(errno)?.map(|nid| attributes(layer, nid)).transpose()
+    found.map_err(errno)?.map(|nid| layer.attributes(File::Tree(nid))).transpose()
 }
 
 /// Fills `out` with entries from `offset` on, with attributes if `plus`.
@@ -131,7 +90,7 @@ fn list(layer: &Layer, nid: Nid, offset: u64, out: &mut [u8], plus: bool) -> Res
             };
             buffer.add_with(&itself, entry.name, entry.next)
         } else {
-            let found = attributes(layer, entry.nid).map_err(|_| ReadError::Io)?;
+            let found = layer.attributes(File::Tree(entry.nid)).map_err(|_| ReadError::Io)?;
             buffer.add_with(&found, entry.name, entry.next)
         };
         Ok(if added { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
