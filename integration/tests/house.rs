@@ -39,7 +39,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ("layerstore", &["about", "disk", "error", "index"]),
     ("layerstore", &["fetch", "layer"]),
     ("lazyfetch", &["background", "fetcher"]),
-    ("llb", &["draft", "state"]),
     (
         "ops",
         &["build", "devices", "exec", "export_plan", "failed_state", "job", "op", "step_options"],

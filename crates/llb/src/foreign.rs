@@ -2,8 +2,7 @@
 //! taking them apart.
 
 use crate::{
-    Definition, OpMetadata, decode,
-    draft::{SourceLocation, VertexOptions},
+    Definition, OpMetadata, SourceLocation, VertexOptions, decode,
     state::{Draft, DraftKind, Output, OutputKind, State},
 };
 use bytes::Bytes;

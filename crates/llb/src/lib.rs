@@ -26,6 +26,7 @@ pub mod json;
 mod marshal;
 mod names;
 pub mod ops;
+mod options;
 pub mod paths;
 pub mod policy;
 mod state;
@@ -34,10 +35,7 @@ pub use caps::Caps;
 pub use definition::{
     Definition, ExportCache, LinuxResources, Location, OpMetadata, ProgressGroup, SourceMap,
 };
-pub use draft::{
-    ExecDraft, FileDraft, MountDraft, MountSource, SecretDraft, SourceLocation, SshDraft,
-    VertexOptions,
-};
+pub use draft::{ExecDraft, FileDraft, MountDraft, MountSource, SecretDraft, SshDraft};
 pub use env::EnvList;
 pub use facts::{
     AttestationChain, GitFacts, HttpFacts, ImageFacts, ResolveMode, ResolveOptions, SourceFacts,
@@ -46,5 +44,6 @@ pub use gitref::GitRef;
 pub use graph::{Edge, Graph, Vertex};
 pub use marshal::{DEFAULT_PATH, MarshalOptions};
 pub use ops::*;
+pub use options::{SourceLocation, VertexOptions};
 pub use policy::SourcePolicy;
 pub use state::{Deferred, Output, State};

@@ -2,12 +2,10 @@
 //! `llb.digest`, `llb.terminal`).
 
 use crate::{
-    Caps, Definition, Location, Mount, MountKind, Op, OpMetadata, SourceMap, attr,
-    draft::{MountSource, SourceLocation},
-    encode,
+    Caps, Definition, Location, MountKind, Op, OpMetadata, SourceLocation, SourceMap, attr, encode,
     ops::{
-        CacheMount, DiffOp, ExecMeta, ExecOp, FileAction, FileActionKind, FileOp, MergeOp, NetMode,
-        Owner, PassthroughOp, SecretEnv, SecretMount, SecurityMode, SourceOp, SshMount,
+        ContentCache, DiffOp, ExecOp, FileAction, FileActionKind, FileOp, MergeOp, NetMode, Owner,
+        PassthroughOp, SecurityMode, SourceOp,
     },
     state::{Draft, DraftKind, ExecSpec, FileStep, Output, OutputKind, State},
 };
@@ -183,7 +181,7 @@ impl Run<'_> {
                 let platform = options
                     .platform
                     .as_ref()
-                    .or(spec.defaults.platform.as_ref())
+                    .or(spec.platform.as_ref())
                     .unwrap_or(&self.options.platform);
                 let (inputs, op) = self.exec(spec, inputs, platform, metadata)?;
                 Ok(encode::op(&inputs, &Op::Exec(op), Some(platform), &options.constraints))
@@ -224,20 +222,19 @@ impl Run<'_> {
         platform: &Platform,
         metadata: &mut OpMetadata,
     ) -> Result<(Vec<Input>, ExecOp), Fault> {
-        let (draft, defaults) = (&spec.draft, &spec.defaults);
-        if draft.args.is_empty() {
+        let mut op = spec.op.clone();
+        if op.meta.args.is_empty() {
             return Err(Fault::invalid("arguments are required"));
         }
-        if defaults.dir.is_empty() {
+        if op.meta.cwd.is_empty() {
             return Err(Fault::invalid("working directory is required"));
         }
         let mut env = (*spec.env).clone();
-        let ssh_target = |i: usize| match draft.ssh[i].target.as_str() {
-            "" => format!("/run/buildkit/ssh_agent.{i}"),
-            target => target.to_owned(),
-        };
-        if !draft.ssh.is_empty() && env.get("SSH_AUTH_SOCK").is_none() {
-            env.set("SSH_AUTH_SOCK", ssh_target(0));
+        let agent = op.mounts.iter().find(|mount| matches!(mount.kind, MountKind::Ssh(_)));
+        if let Some(agent) = agent
+            && env.get("SSH_AUTH_SOCK").is_none()
+        {
+            env.set("SSH_AUTH_SOCK", agent.dest.as_str());
         }
         if let Some(caps) = &self.options.caps {
             if caps.has("exec.meta.setsdefaultpath") {
@@ -246,147 +243,52 @@ impl Run<'_> {
                 env.set("PATH", DEFAULT_PATH);
             }
         }
-        let network = draft.network.unwrap_or(defaults.network);
-        let security = draft.security.unwrap_or(defaults.security);
-        exec_caps(spec, inputs, network, security, metadata);
+        op.meta.env = env.to_vec();
         let mut table = Table::default();
-        let mut output = 0;
-        let mut mounts = Vec::with_capacity(spec.mounts.len());
-        for (m, input) in &spec.mounts {
-            let input = input.and_then(|i| inputs[i]).map(|i| table.add(i));
-            let out = m.has_output().then(|| {
-                output += 1;
-                output - 1
-            });
-            let kind = match &m.source {
-                MountSource::State(_) => MountKind::Bind,
-                MountSource::Cache { id, sharing, .. } => {
-                    MountKind::Cache(CacheMount { id: id.clone(), sharing: *sharing })
-                }
-                MountSource::Tmpfs(size) => MountKind::Tmpfs { size: *size },
-            };
-            mounts.push(Mount {
-                input,
-                selector: m.selector.clone(),
-                dest: m.target.clone(),
-                output: out,
-                readonly: m.readonly,
-                kind,
-                content_cache: m.content_cache,
-                result_id: String::new(),
-            });
+        for mount in &mut op.mounts {
+            mount.input = mount.input.and_then(|i| inputs[i]).map(|i| table.add(i));
         }
-        let mut secret_env = Vec::new();
-        for s in &draft.secrets {
-            if let Some(name) = &s.env {
-                secret_env.push(SecretEnv {
-                    id: s.id.clone(),
-                    name: name.clone(),
-                    optional: s.optional,
-                });
-            }
-            if let Some(target) = &s.target {
-                let secret = SecretMount {
-                    id: s.id.clone(),
-                    uid: s.uid,
-                    gid: s.gid,
-                    mode: s.mode,
-                    optional: s.optional,
-                };
-                mounts.push(Mount {
-                    dest: target.clone(),
-                    kind: MountKind::Secret(secret),
-                    ..Mount::default()
-                });
-            }
-        }
-        for (i, s) in draft.ssh.iter().enumerate() {
-            let ssh = SshMount {
-                id: s.id.clone(),
-                uid: s.uid,
-                gid: s.gid,
-                mode: s.mode,
-                optional: s.optional,
-            };
-            mounts.push(Mount {
-                dest: ssh_target(i),
-                kind: MountKind::Ssh(ssh),
-                ..Mount::default()
-            });
-        }
-        let meta = ExecMeta {
-            args: draft.args.clone(),
-            env: env.to_vec(),
-            cwd: defaults.dir.clone(),
-            user: defaults.user.clone(),
-            proxy: draft.proxy.clone(),
-            extra_hosts: defaults.extra_hosts.iter().chain(&draft.extra_hosts).cloned().collect(),
-            hostname: defaults.hostname.clone(),
-            ulimits: draft.ulimits.clone(),
-            cgroup_parent: draft.cgroup_parent.clone(),
-            remove_mount_stubs_recursive: true,
-            valid_exit_codes: draft.valid_exit_codes.clone(),
-        };
-        Ok((
-            table.0,
-            ExecOp {
-                meta,
-                mounts,
-                network,
-                // The wire has it among the constraints, which are the vertex's.
-                named_network: None,
-                security,
-                secret_env,
-                devices: draft.devices.clone(),
-                proxied: false,
-            },
-        ))
+        exec_caps(&op, metadata);
+        Ok((table.0, op))
     }
 }
 
 /// The capabilities that a process needs, as Go's client finds them.
-fn exec_caps(
-    spec: &ExecSpec,
-    inputs: &[Option<Input>],
-    network: NetMode,
-    security: SecurityMode,
-    metadata: &mut OpMetadata,
-) {
-    let draft = &spec.draft;
+fn exec_caps(op: &ExecOp, metadata: &mut OpMetadata) {
     let has_resources = metadata.resources.is_some();
     let mut cap = |name: &str, needed: bool| {
         if needed {
             metadata.caps.insert(name.into());
         }
     };
-    cap("exec.validexitcode", !draft.valid_exit_codes.is_empty());
-    cap("exec.meta.ulimit", !draft.ulimits.is_empty());
+    cap("exec.validexitcode", !op.meta.valid_exit_codes.is_empty());
+    cap("exec.meta.ulimit", !op.meta.ulimits.is_empty());
     cap("exec.meta.linux.resources", has_resources);
-    cap("exec.meta.network", network != NetMode::Unset);
-    cap("exec.meta.security", security == SecurityMode::Insecure);
-    cap("exec.meta.proxyenv", draft.proxy.is_some());
+    cap("exec.meta.network", op.network != NetMode::Unset);
+    cap("exec.meta.security", op.security == SecurityMode::Insecure);
+    cap("exec.meta.proxyenv", op.meta.proxy.is_some());
     cap("exec.meta.base", true);
-    for (m, input) in &spec.mounts {
-        cap("exec.mount.selector", !m.selector.is_empty());
-        match &m.source {
-            MountSource::Cache { .. } => {
+    for mount in &op.mounts {
+        cap("exec.mount.selector", !mount.selector.is_empty());
+        match &mount.kind {
+            MountKind::Cache(_) => {
                 cap("exec.mount.cache", true);
                 cap("exec.mount.cache.sharing", true);
             }
-            MountSource::Tmpfs(size) => {
+            MountKind::Tmpfs { size } => {
                 cap("exec.mount.tmpfs", true);
                 cap("exec.mount.tmpfs.size", *size > 0);
             }
-            MountSource::State(_) => {
-                cap("exec.mount.bind", input.and_then(|i| inputs[i]).is_some())
-            }
+            MountKind::Bind => cap("exec.mount.bind", mount.input.is_some()),
+            MountKind::Secret(_) => cap("exec.mount.secret", true),
+            MountKind::Ssh(_) => cap("exec.mount.ssh", true),
         }
-        cap("exec.mount.cache.content", m.content_cache != crate::ContentCache::Default);
+        cap("exec.mount.cache.content", mount.content_cache != ContentCache::Default);
     }
-    cap("exec.mount.secret", !draft.secrets.is_empty());
-    cap("exec.secretenv", draft.secrets.iter().any(|s| s.env.is_some()));
-    cap("exec.mount.ssh", !draft.ssh.is_empty());
-    cap("exec.meta.cdi", !draft.devices.is_empty());
+    // Also for those that are variables only.
+    cap("exec.mount.secret", !op.secret_env.is_empty());
+    cap("exec.secretenv", !op.secret_env.is_empty());
+    cap("exec.meta.cdi", !op.devices.is_empty());
 }
 
 /// Inputs of one operation without repetitions.

@@ -3,10 +3,8 @@
 //! into a [`crate::Definition`].
 
 use crate::{
-    EnvList, HostIp, NetMode, SecurityMode, attr,
-    draft::{ExecDraft, FileDraft, MountDraft, MountSource, VertexOptions},
-    ops::{FileActionKind, Owner},
-    paths,
+    EnvList, HostIp, NetMode, SecurityMode, VertexOptions, attr,
+    ops::{ExecOp, FileActionKind},
 };
 use shipway_gocompat::path;
 use shipway_oci::Platform;
@@ -91,13 +89,14 @@ pub(crate) enum DraftKind {
     Foreign(bytes::Bytes),
 }
 
+/// A process to be: its mounts name inputs of the vertex to be.
 #[derive(Debug)]
 pub(crate) struct ExecSpec {
-    pub draft: ExecDraft,
+    /// Without environment.
+    pub op: ExecOp,
     pub env: Arc<EnvList>,
-    pub defaults: Arc<Defaults>,
-    /// Sorted by target, the root among them, each with its input.
-    pub mounts: Vec<(MountDraft, Option<usize>)>,
+    /// The state's.
+    pub platform: Option<Platform>,
 }
 
 #[derive(Debug)]
@@ -217,134 +216,6 @@ impl State {
         Self::source(format!("oci-layout://{name}"), attrs, options.cap("source.ocilayout"))
     }
 
-    /// Runs a process; the result has what it wrote to the root.
-    #[must_use]
-    pub fn run(&self, draft: ExecDraft, options: VertexOptions) -> Self {
-        let (readonly, platform) = (draft.readonly_root, options.platform.clone());
-        let out = self.process(draft, "/", options);
-        if readonly {
-            return self.clone();
-        }
-        self.with_output(Some(out), platform)
-    }
-
-    /// Runs a process; the result is what it wrote to the mount at `target`, which must be one that
-    /// keeps what is written.
-    #[must_use]
-    pub fn run_into(&self, draft: ExecDraft, target: &str, options: VertexOptions) -> Self {
-        let platform = options.platform.clone();
-        let out = self.process(draft, target, options);
-        Self::scratch().with_output(Some(out), platform)
-    }
-
-    /// A process, and its output for the mount at `target`.
-    fn process(&self, mut draft: ExecDraft, target: &str, options: VertexOptions) -> Output {
-        let root = MountDraft {
-            target: "/".into(),
-            source: MountSource::State(self.clone()),
-            readonly: draft.readonly_root,
-            ..MountDraft::default()
-        };
-        let mut mounts = vec![root];
-        mounts.append(&mut draft.mounts);
-        let mut order: Vec<usize> = (0..mounts.len()).collect();
-        order.sort_by(|&a, &b| mounts[a].target.cmp(&mounts[b].target));
-        // Outputs are counted in the order of the mounts.
-        let index = order
-            .iter()
-            .take_while(|&&i| mounts[i].target != target)
-            .filter(|&&i| mounts[i].has_output())
-            .count();
-        let mut inputs = Vec::new();
-        let mut sorted = Vec::with_capacity(mounts.len());
-        let mut mounts: Vec<Option<MountDraft>> = mounts.into_iter().map(Some).collect();
-        for i in order {
-            let Some(mut mount) = mounts[i].take() else { continue };
-            let input = mount.state().and_then(|s| s.out.clone()).map(|out| {
-                inputs.push(out);
-                inputs.len() - 1
-            });
-            // The graph's edges live in `inputs` alone, so that dropping a long chain stays flat.
-            match &mut mount.source {
-                MountSource::State(state) | MountSource::Cache { base: state, .. } => {
-                    *state = State::default()
-                }
-                MountSource::Tmpfs(_) => {}
-            }
-            sorted.push((mount, input));
-        }
-        let spec = ExecSpec {
-            draft,
-            env: self.env.clone(),
-            defaults: self.defaults.clone(),
-            mounts: sorted,
-        };
-        Output::of(DraftKind::Exec(Box::new(spec)), inputs, options, index)
-    }
-
-    /// Does file actions; the result is that of the last one. No actions give the state itself.
-    #[must_use]
-    pub fn file(&self, draft: FileDraft, options: VertexOptions) -> Self {
-        if draft.is_empty() {
-            return self.clone();
-        }
-        let mut inputs = Vec::new();
-        let base = self.out.clone().map(|out| {
-            inputs.push(out);
-            0
-        });
-        let mut steps = Vec::with_capacity(draft.0.len());
-        for (mut kind, source) in draft.0 {
-            self.place(&mut kind, source.as_ref(), base);
-            let source = source.and_then(|s| s.out).map(|out| {
-                inputs.push(out);
-                inputs.len() - 1
-            });
-            steps.push(FileStep { base, source, kind });
-        }
-        let mut options = options.cap("file.base");
-        if options.platform.is_none() {
-            options.platform.clone_from(&self.defaults.platform);
-        }
-        self.with_output(Some(Output::of(DraftKind::File(steps), inputs, options, 0)), None)
-    }
-
-    /// Makes an action's paths absolute and sets where its owner's names are looked up.
-    fn place(&self, kind: &mut FileActionKind, source: Option<&State>, base: Option<usize>) {
-        let dir = &self.defaults.dir;
-        let owner = match kind {
-            FileActionKind::Copy(c) => {
-                let src = path::clean(&c.src);
-                let from = source.map_or("/", |s| &s.defaults.dir);
-                c.src = if src.starts_with('/') { src } else { path::join(from, &src) };
-                c.dest = paths::normalize(dir, &c.dest, true);
-                &mut c.owner
-            }
-            FileActionKind::Mkfile(m) => {
-                m.path = paths::normalize(dir, &m.path, false);
-                m.mode &= 0o777;
-                &mut m.owner
-            }
-            FileActionKind::Mkdir(m) => {
-                m.path = paths::normalize(dir, &m.path, false);
-                m.mode &= 0o777;
-                &mut m.owner
-            }
-            FileActionKind::Rm(r) => {
-                r.path = paths::normalize(dir, &r.path, false);
-                return;
-            }
-            FileActionKind::Symlink(s) => &mut s.owner,
-        };
-        if let Some(owner) = owner {
-            for who in [&mut owner.user, &mut owner.group] {
-                if let Some(Owner::Name { input, .. }) = who {
-                    *input = base;
-                }
-            }
-        }
-    }
-
     /// Stacks states; scratch does not count.
     pub fn merge(states: &[State], options: VertexOptions) -> Self {
         let real: Vec<&State> = states.iter().filter(|s| s.out.is_some()).collect();
@@ -390,7 +261,7 @@ impl State {
         self.with_output(Some(Output::of(kind, inputs, options.cap("passthroughop"), 0)), None)
     }
 
-    fn with_output(&self, out: Option<Output>, platform: Option<Platform>) -> Self {
+    pub(crate) fn with_output(&self, out: Option<Output>, platform: Option<Platform>) -> Self {
         let mut state = Self { out, ..self.clone() };
         if let Some(platform) = platform {
             state = state.with_platform(platform);
@@ -486,7 +357,12 @@ impl State {
 }
 
 impl Output {
-    fn of(kind: DraftKind, inputs: Vec<Output>, options: VertexOptions, index: usize) -> Self {
+    pub(crate) fn of(
+        kind: DraftKind,
+        inputs: Vec<Output>,
+        options: VertexOptions,
+        index: usize,
+    ) -> Self {
         Self(OutputKind::Of { vertex: Arc::new(Draft { kind, inputs, options }), index })
     }
 }
