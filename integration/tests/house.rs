@@ -43,7 +43,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
         "ops",
         &["build", "devices", "exec", "export_plan", "failed_state", "job", "op", "step_options"],
     ),
-    ("snapstore", &["lazy", "model"]),
 ];
 
 /// Files whose helpers print why a test ends early.

@@ -1,15 +1,9 @@
 //! The port to layers that are readable without having been unpacked.
 
-use crate::{Labels, Usage};
-use serde::{Deserialize, Serialize};
+use crate::{Labels, LayerId, Usage};
 use shipway_fault::{Fault, Result};
 use shipway_oci::ChainId;
 use std::{collections::BTreeSet, path::PathBuf};
-
-/// Number of a layer in the store of layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct LayerId(pub u64);
 
 /// What a layer is unpacked over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

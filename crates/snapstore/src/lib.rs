@@ -77,6 +77,8 @@ mod store;
 mod tests;
 
 pub use filter::Filters;
-pub use lazy::{Below, LayerId, LazyLayers, NoLazyLayers, Restored};
-pub use model::{Info, Kind, Labels, MAX_LABELS, MAX_NAME, Mount, Name, SNAPSHOT_REF, Time, Usage};
+pub use lazy::{Below, LazyLayers, NoLazyLayers, Restored};
+pub use model::{
+    Info, Kind, Labels, LayerId, MAX_LABELS, MAX_NAME, Mount, Name, SNAPSHOT_REF, Time, Usage,
+};
 pub use store::{Options, Sharing, Store, Totals, Xino};

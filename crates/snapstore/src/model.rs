@@ -1,6 +1,5 @@
 //! The words: names, kinds, times, labels, usage, mounts.
 
-use crate::LayerId;
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
@@ -24,6 +23,11 @@ pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// The labels that say which ids of a container's user namespace are which of ours.
 const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+
+/// Number of a layer in the store of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LayerId(pub u64);
 
 /// Labels of a snapshot. None is empty: an empty value removes a label.
 pub type Labels = BTreeMap<String, String>;
