@@ -38,7 +38,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ("gateway", &["build", "containers", "convert", "processes", "service"]),
     ("layerstore", &["about", "disk", "error", "index"]),
     ("layerstore", &["fetch", "layer"]),
-    ("lazyfetch", &["background", "fetcher"]),
     (
         "ops",
         &["build", "devices", "exec", "export_plan", "failed_state", "job", "op", "step_options"],

@@ -23,6 +23,7 @@
 
 mod assemble;
 mod background;
+mod engine;
 mod fetcher;
 mod finish;
 mod index;
@@ -39,8 +40,10 @@ mod settings;
 mod stats;
 #[cfg(test)]
 mod trace;
+mod whole;
 
-pub use fetcher::{Event, Fetcher};
+pub use engine::Event;
+pub use fetcher::Fetcher;
 pub use finish::Finish;
 pub use index::{ExternalToc, IndexRequest, Indexed, index, index_all};
 pub use layer::LayerSpec;
