@@ -7,12 +7,13 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shipway_archive::{Compression, LayerTree};
 use shipway_fault::{Code, Fault, Result};
-use shipway_oci::{Descriptor, DiffId, Digest};
+use shipway_oci::{Descriptor, Digest};
 use shipway_progress::Reporter;
 use shipway_refs::*;
 use shipway_storage::{
     BlobReader, ContentStore, Labels, LeaseId, LeaseResource, Mount, REMOTE_SNAPSHOT, SNAPSHOT_REF,
-    SnapshotInfo, SnapshotKey, Snapshotter, Storage, Usage, fake::FakeStorage,
+    SnapshotKey, Snapshotter as _,
+    fake::{FakeStorage, Overrides, storage_with},
 };
 use std::{
     collections::HashMap,
@@ -147,19 +148,15 @@ fn image(names: &[&'static str]) -> (Arc<Image>, Vec<LazyLayer>) {
 
 /// The fake's snapshotter, serving layers.
 struct Remote {
-    fake: Arc<dyn Snapshotter>,
+    fake: FakeStorage,
     /// What it can serve: names by the digest of the blob.
     serves: Mutex<HashMap<String, &'static str>>,
 }
 
 #[async_trait]
-impl Snapshotter for Remote {
-    fn name(&self) -> &str {
-        self.fake.name()
-    }
-
-    async fn stat(&self, key: &SnapshotKey) -> Result<SnapshotInfo> {
-        self.fake.stat(key).await
+impl Overrides for Remote {
+    fn fake(&self) -> &FakeStorage {
+        &self.fake
     }
 
     async fn prepare(
@@ -178,50 +175,6 @@ impl Snapshotter for Remote {
         let labels = Labels::from([(REMOTE_SNAPSHOT.into(), "remote snapshot".into())]);
         self.fake.commit(lease, &chain, key, &labels).await?;
         Err(Fault::new(Code::AlreadyExists, format!("target snapshot {chain}")))
-    }
-
-    async fn view(
-        &self,
-        lease: &LeaseId,
-        key: &SnapshotKey,
-        parent: Option<&SnapshotKey>,
-        labels: &Labels,
-    ) -> Result<Vec<Mount>> {
-        self.fake.view(lease, key, parent, labels).await
-    }
-
-    async fn mounts(&self, key: &SnapshotKey) -> Result<Vec<Mount>> {
-        self.fake.mounts(key).await
-    }
-
-    async fn commit(
-        &self,
-        lease: &LeaseId,
-        name: &SnapshotKey,
-        key: &SnapshotKey,
-        labels: &Labels,
-    ) -> Result<()> {
-        self.fake.commit(lease, name, key, labels).await
-    }
-
-    async fn remove(&self, key: &SnapshotKey) -> Result<()> {
-        self.fake.remove(key).await
-    }
-
-    async fn update_labels(&self, key: &SnapshotKey, labels: &Labels) -> Result<()> {
-        self.fake.update_labels(key, labels).await
-    }
-
-    async fn usage(&self, key: &SnapshotKey) -> Result<Usage> {
-        self.fake.usage(key).await
-    }
-
-    async fn list(&self, filters: &[String]) -> Result<Vec<SnapshotInfo>> {
-        self.fake.list(filters).await
-    }
-
-    async fn apply(&self, layer: &Descriptor, mounts: &[Mount]) -> Result<DiffId> {
-        self.fake.apply(layer, mounts).await
     }
 }
 
@@ -246,14 +199,12 @@ impl Lab {
         let samples = source.samples.lock();
         let served = samples.iter().filter(|s| serves.contains(&s.name));
         let serves = served.map(|s| (s.layer.descriptor.digest.to_string(), s.name)).collect();
-        let remote =
-            Arc::new(Remote { fake: fake.storage().snapshots, serves: Mutex::new(serves) });
+        let remote = Arc::new(Remote { fake: fake.clone(), serves: Mutex::new(serves) });
         Self { fake, remote, dir: tempfile::tempdir().unwrap() }
     }
 
     async fn open(&self, source: &Arc<Image>) -> RefStore {
-        let storage = Storage { snapshots: self.remote.clone(), ..self.fake.storage() };
-        let known = Known(source.clone());
+        let (storage, known) = (storage_with(self.remote.clone()), Known(source.clone()));
         RefStore::open_with(storage, self.dir.path().to_owned(), &known).await.unwrap()
     }
 }

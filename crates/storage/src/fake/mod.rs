@@ -13,9 +13,11 @@ mod content;
 mod filter;
 mod names;
 mod namespaces;
+mod overrides;
 mod snapshots;
 
 pub use namespaces::FakeNamespaces;
+pub use overrides::{Overrides, storage_with};
 
 use self::{namespaces::Peers, snapshots::SnapshotDir};
 use crate::{LeaseId, LeaseResource, SnapshotKey, SnapshotKind, Storage};
