@@ -2,12 +2,11 @@
 
 use crate::{
     Error, Repository,
-    auth::ChallengeOutcome,
     endpoint::{Capability, Endpoint},
     error::Kind,
     failure::check_status,
     limit::Priority,
-    request::{ApiRequest, denied},
+    request::ApiRequest,
 };
 use bytes::Bytes;
 use futures::{
@@ -213,18 +212,7 @@ impl Repository {
                 + Duration::from_secs(upload.descriptor.size >> 23);
             let response = client.send_long(request, count, upload.descriptor.size, settle).await?;
             if response.head.status == StatusCode::UNAUTHORIZED && ours {
-                match self.auth().challenged(
-                    endpoint,
-                    self.name().repository(),
-                    &response.head.headers,
-                    sent.as_ref(),
-                    tries,
-                ) {
-                    ChallengeOutcome::Retry => tries += 1,
-                    ChallengeOutcome::Denied(reason) => {
-                        return Err(denied(response, reason, sent.as_ref()).await);
-                    }
-                }
+                self.challenged(endpoint, response, sent.as_ref(), &mut tries).await?;
                 continue;
             }
             return check_status(response, &Method::PUT).await;

@@ -163,21 +163,28 @@ impl Repository {
             // Another host's challenge (after a redirect) is not for the registry's credentials.
             let ours = response.uri.authority().is_some_and(|a| a.as_str() == endpoint.authority);
             if response.head.status == StatusCode::UNAUTHORIZED && ours {
-                match self.auth().challenged(
-                    endpoint,
-                    self.name().repository(),
-                    &response.head.headers,
-                    sent.as_ref(),
-                    tries,
-                ) {
-                    ChallengeOutcome::Retry => tries += 1,
-                    ChallengeOutcome::Denied(reason) => {
-                        return Err(denied(response, reason, sent.as_ref()).await);
-                    }
-                }
+                self.challenged(endpoint, response, sent.as_ref(), &mut tries).await?;
                 continue;
             }
             return check_status(response, &request.method).await;
+        }
+    }
+
+    /// Learns from a 401 to what was sent with `sent`. An error if nothing better can be sent.
+    pub(crate) async fn challenged(
+        &self,
+        endpoint: &Endpoint,
+        response: Response,
+        sent: Option<&AuthHeader>,
+        tries: &mut u32,
+    ) -> Result<(), Kind> {
+        let headers = &response.head.headers;
+        match self.auth().challenged(endpoint, self.name().repository(), headers, sent, *tries) {
+            ChallengeOutcome::Retry => {
+                *tries += 1;
+                Ok(())
+            }
+            ChallengeOutcome::Denied(reason) => Err(denied(response, reason, sent).await),
         }
     }
 
@@ -257,7 +264,7 @@ impl Repository {
 }
 
 /// The error for a 401 that no other credentials can help; `reason` stands for the server's words.
-pub(crate) async fn denied(response: Response, reason: String, sent: Option<&AuthHeader>) -> Kind {
+async fn denied(response: Response, reason: String, sent: Option<&AuthHeader>) -> Kind {
     let with_credentials = sent.is_some_and(|s| s.with_credentials);
     let words = server_message(response).await;
     Kind::Unauthorized { server: if reason.is_empty() { words } else { reason }, with_credentials }
