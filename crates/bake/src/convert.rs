@@ -80,6 +80,9 @@ fn settled(to: &Type) -> Type {
 
 /// `value` as a value of type `to`; the error says what is required.
 pub(crate) fn convert(value: &Value, to: &Type) -> Result<Value, String> {
+    if let Some(done) = collection_of(value, to) {
+        return Ok(done);
+    }
     let from = value.ty();
     if from == *to || *to == Type::Dynamic {
         return Ok(value.clone());
@@ -88,6 +91,26 @@ pub(crate) fn convert(value: &Value, to: &Type) -> Result<Value, String> {
         return Err(mismatch(&from, to));
     }
     apply(value, to)
+}
+
+/// A tuple or object as a list or map, if all elements have a simple type that needs no conversion:
+/// most values of definitions are texts, lists of texts, and maps of texts.
+fn collection_of(value: &Value, to: &Type) -> Option<Value> {
+    let is_of = |v: &Value, of: &Type| match v {
+        Value::Bool(_) => *of == Type::Bool,
+        Value::Number(_) => *of == Type::Number,
+        Value::String(_) => *of == Type::String,
+        _ => false,
+    };
+    match (value, to) {
+        (Value::Tuple(items), Type::List(of)) if of.is_primitive() => {
+            items.iter().all(|v| is_of(v, of)).then(|| Value::List(of.clone(), items.clone()))
+        }
+        (Value::Object(fields), Type::Map(of)) if of.is_primitive() => {
+            fields.values().all(|v| is_of(v, of)).then(|| Value::Map(of.clone(), fields.clone()))
+        }
+        _ => None,
+    }
 }
 
 fn apply(value: &Value, to: &Type) -> Result<Value, String> {

@@ -219,10 +219,12 @@ fn serialize_attrs<S: Serializer>(
     attrs: &BTreeMap<String, String>,
     more: &[(&str, &str)],
 ) -> std::result::Result<S::Ok, S::Error> {
-    let mut all: BTreeMap<&str, &str> =
-        attrs.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-    all.extend(more.iter().copied());
-    all.serialize(serializer)
+    // In the order of all names, of which `more` has its own.
+    let mut all: Vec<(&str, &str)> = attrs.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    all.retain(|(k, _)| more.iter().all(|(name, _)| name != k));
+    all.extend_from_slice(more);
+    all.sort_unstable();
+    serializer.collect_map(all)
 }
 
 impl Serialize for Cache {

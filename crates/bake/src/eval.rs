@@ -66,8 +66,44 @@ impl Scope<'_> {
     }
 }
 
-/// Attributes of the blocks of a kind, by the names of the blocks.
-pub(crate) type Blocks = BTreeMap<String, BTreeMap<String, Value>>;
+/// The blocks of a kind, as expressions see them.
+pub(crate) struct Blocks {
+    /// The attributes of a block that sets none.
+    unset: &'static BTreeMap<String, Value>,
+    /// Attributes that are set, by the names of the blocks.
+    set: BTreeMap<String, BTreeMap<&'static str, Value>>,
+}
+
+impl Blocks {
+    /// Makes the block `name` known, which sets nothing yet.
+    pub(crate) fn begin(&mut self, name: &str) {
+        if !self.set.contains_key(name) {
+            let own = BTreeMap::from([("name", Value::string(name))]);
+            self.set.insert(name.to_owned(), own);
+        }
+    }
+
+    /// Notes what the block `name` sets, which has begun.
+    pub(crate) fn set(&mut self, name: &str, attribute: &'static str, value: Value) {
+        if let Some(own) = self.set.get_mut(name) {
+            own.insert(attribute, value);
+        }
+    }
+
+    /// The block `name` as a value.
+    fn value(&self, name: &str) -> Option<Value> {
+        let set = self.set.get(name)?.iter();
+        let mut fields = self.unset.clone();
+        fields.extend(set.map(|(attribute, value)| ((*attribute).to_owned(), value.clone())));
+        Some(Value::object(fields))
+    }
+
+    /// All of them as a value.
+    fn all(&self) -> Value {
+        let named = |name: &String| Some((name.clone(), self.value(name)?));
+        Value::object(self.set.keys().filter_map(named).collect())
+    }
+}
 
 /// What is known by name, and how much was done.
 pub(crate) struct Evaluator<'a> {
@@ -75,7 +111,7 @@ pub(crate) struct Evaluator<'a> {
     pub(crate) variables: RefCell<HashMap<String, Value>>,
     pub(crate) functions: RefCell<HashMap<String, Rc<UserFunction<'a>>>>,
     /// Attributes of blocks that were evaluated, by kind and name.
-    pub(crate) blocks: RefCell<BTreeMap<&'static str, Blocks>>,
+    blocks: RefCell<BTreeMap<&'static str, Blocks>>,
     depth: Cell<usize>,
     steps: Cell<u64>,
     size: Cell<u64>,
@@ -123,6 +159,18 @@ impl<'a> Evaluator<'a> {
     /// Ends what [`Self::descend`] began.
     pub(crate) fn ascend(&self) {
         self.depth.set(self.depth.get().saturating_sub(1));
+    }
+
+    /// Changes what expressions see of the blocks of `kind`, which have `unset` where they set
+    /// nothing.
+    pub(crate) fn see(
+        &self,
+        kind: &'static str,
+        unset: &'static BTreeMap<String, Value>,
+        change: impl FnOnce(&mut Blocks),
+    ) {
+        let mut kinds = self.blocks.borrow_mut();
+        change(kinds.entry(kind).or_insert_with(|| Blocks { unset, set: BTreeMap::new() }));
     }
 
     /// Notes what was made, and refuses what is too much.
@@ -303,10 +351,7 @@ impl<'a> Evaluator<'a> {
             return Ok(value.clone());
         }
         if let Some(blocks) = self.blocks.borrow().get(name) {
-            let object = |fields: &BTreeMap<String, Value>| Value::object(fields.clone());
-            return Ok(Value::object(
-                blocks.iter().map(|(name, fields)| (name.clone(), object(fields))).collect(),
-            ));
+            return Ok(blocks.all());
         }
         Err(Problem::new("Unknown variable", format!("There is no variable named {name:?}.")))
     }
@@ -354,8 +399,7 @@ impl<'a> Evaluator<'a> {
                 .blocks
                 .borrow()
                 .get(root.as_str())
-                .and_then(|blocks| blocks.get(name.as_str()))
-                .map(|fields| Value::object(fields.clone()));
+                .and_then(|blocks| blocks.value(name.as_str()));
             if let Some(block) = block {
                 return self.follow(block, &operators[1..], source, scope);
             }

@@ -1,6 +1,10 @@
 //! Targets and groups, and how they are merged, inherited and overridden.
 
-use std::collections::BTreeMap;
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+    rc::Rc,
+};
 
 use serde::{Serialize, Serializer};
 use shipway_fault::{Fault, Result};
@@ -130,7 +134,7 @@ fn set(map: &mut BTreeMap<String, Option<String>>, more: &BTreeMap<String, Optio
 /// Without empty ones and doubles.
 fn normal(list: &mut Option<Vec<String>>) {
     if let Some(list) = list {
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         list.retain(|s| !s.is_empty() && seen.insert(s.clone()));
     }
 }
@@ -412,7 +416,7 @@ pub struct Plan {
 }
 
 pub(crate) fn unique(names: &[String]) -> Vec<String> {
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     names.iter().filter(|n| seen.insert(n.as_str())).cloned().collect()
 }
 
@@ -422,10 +426,6 @@ pub(crate) fn sanitized(name: &str) -> String {
 }
 
 impl BakeConfig {
-    pub(crate) fn target(&self, name: &str) -> Option<&Target> {
-        self.targets.iter().find(|t| t.name == name)
-    }
-
     /// Merges targets of one name, and drops doubles within groups.
     pub(crate) fn deduplicated(self) -> Self {
         let mut targets: Vec<Target> = Vec::new();
@@ -456,13 +456,18 @@ impl BakeConfig {
             wanted.extend(self.matching(&sanitized(name))?);
         }
         let wanted = unique(&wanted);
-        let overrides = self.overrides(host, sets)?;
+        let mut resolving = Resolving {
+            config: self,
+            targets: self.targets.iter().rev().map(|t| (t.name.as_str(), t)).collect(),
+            overrides: self.overrides(host, sets)?,
+            granted,
+        };
         let mut plan = Plan::default();
         for name in &wanted {
             let (mut targets, mut groups) = (Vec::new(), Vec::new());
             self.members(name, &mut targets, &mut groups);
             for name in unique(&targets) {
-                let target = self.resolve(&name, &overrides, granted)?;
+                let target = resolving.target(&name)?;
                 plan.targets.insert(name, target);
             }
             for name in groups {
@@ -483,9 +488,9 @@ impl BakeConfig {
             group.targets.sort_unstable();
         }
         let roots: Vec<String> = plan.targets.keys().cloned().collect();
-        let mut done = std::collections::HashSet::new();
+        let mut done = HashSet::new();
         for name in &roots {
-            self.link(name, &mut plan, &overrides, &mut Vec::new(), &mut done, granted)?;
+            resolving.link(name, &mut plan, &mut Vec::new(), &mut done)?;
         }
         Ok(plan)
     }
@@ -508,7 +513,7 @@ impl BakeConfig {
 
     /// The targets that `--set` means by `pattern`.
     fn expand(&self, pattern: &str) -> Result<Vec<String>> {
-        if self.target(pattern).is_some() {
+        if self.targets.iter().any(|t| t.name == pattern) {
             return Ok(vec![pattern.to_owned()]);
         }
         let glob = Glob::new(pattern).map_err(|_| {
@@ -596,15 +601,25 @@ impl BakeConfig {
             self.members(member, targets, groups);
         }
     }
+}
 
-    fn resolve(
-        &self,
-        name: &str,
-        overrides: &BTreeMap<String, Overrides>,
-        granted: &mut Granted,
-    ) -> Result<Target> {
-        let mut target =
-            self.inherited(name, &mut BTreeMap::new(), overrides, 0, granted)?.unwrap_or_default();
+/// Targets as they inherit from one another.
+struct Resolving<'c> {
+    config: &'c BakeConfig,
+    /// Its targets by their names.
+    targets: HashMap<&'c str, &'c Target>,
+    overrides: BTreeMap<String, Overrides>,
+    granted: &'c mut Granted,
+}
+
+/// Targets with what they inherit, and `None` for those that are being made.
+type Visited = BTreeMap<String, Option<Rc<Target>>>;
+
+impl Resolving<'_> {
+    /// `name` with what it inherits, and with defaults.
+    fn target(&mut self, name: &str) -> Result<Target> {
+        let found = self.inherited(name, &mut Visited::new(), 0)?;
+        let mut target = found.map(Rc::unwrap_or_clone).unwrap_or_default();
         name.clone_into(&mut target.name);
         target.inherits.clear();
         target.context.get_or_insert_with(|| ".".into());
@@ -616,13 +631,11 @@ impl BakeConfig {
 
     /// `name` with what it inherits; `None` for one that inherits from itself.
     fn inherited(
-        &self,
+        &mut self,
         name: &str,
-        visited: &mut BTreeMap<String, Option<Target>>,
-        overrides: &BTreeMap<String, Overrides>,
+        visited: &mut Visited,
         depth: usize,
-        granted: &mut Granted,
-    ) -> Result<Option<Target>> {
+    ) -> Result<Option<Rc<Target>>> {
         if let Some(known) = visited.get(name) {
             return Ok(known.clone());
         }
@@ -632,9 +645,9 @@ impl BakeConfig {
             )));
         }
         visited.insert(name.to_owned(), None);
-        let Some(own) = self.target(name) else {
+        let Some(own) = self.targets.get(name).copied() else {
             let fault = Fault::invalid(format!("failed to find target {name}"));
-            let names = self.targets.iter().map(|t| t.name.as_str());
+            let names = self.config.targets.iter().map(|t| t.name.as_str());
             return Err(match shipway_fault::nearest(name, names) {
                 Some(near) => fault.hint(format!("did you mean {near}?")),
                 None => fault,
@@ -642,30 +655,32 @@ impl BakeConfig {
         };
         let mut target = Target::default();
         for parent in &own.inherits {
-            if let Some(parent) = self.inherited(parent, visited, overrides, depth + 1, granted)? {
+            if let Some(parent) = self.inherited(parent, visited, depth + 1)? {
                 target.merge(&parent);
             }
         }
         target.merge(own);
-        if let Some(overrides) = overrides.get(name) {
+        if let Some(overrides) = self.overrides.get(name) {
             target
-                .apply(overrides, granted)
+                .apply(overrides, self.granted)
                 .map_err(|fault| fault.context(format!("--set for target {name}")))?;
         }
         target.normalize();
-        visited.insert(name.to_owned(), Some(target.clone()));
+        let target = Rc::new(target);
+        // Nobody asks for the first one again.
+        if depth > 0 {
+            visited.insert(name.to_owned(), Some(target.clone()));
+        }
         Ok(Some(target))
     }
 
     /// Adds the targets that `name` has as contexts, and theirs.
     fn link(
-        &self,
+        &mut self,
         name: &str,
         plan: &mut Plan,
-        overrides: &BTreeMap<String, Overrides>,
         visited: &mut Vec<String>,
-        done: &mut std::collections::HashSet<String>,
-        granted: &mut Granted,
+        done: &mut HashSet<String>,
     ) -> Result<()> {
         if visited.len() > MAX_CHAIN {
             return Err(Fault::invalid(format!(
@@ -682,27 +697,26 @@ impl BakeConfig {
                 return Err(Fault::invalid(format!("infinite loop from {name} to {other}")));
             }
             if !plan.targets.contains_key(other) {
-                let mut target = self.resolve(other, overrides, granted)?;
+                let mut target = self.target(other)?;
                 target.outputs = Some(vec![Output::of_kind("cacheonly")]);
                 target.linked = true;
                 plan.targets.insert(other.to_owned(), target);
             }
             if !done.contains(other) {
-                self.link(other, plan, overrides, visited, done, granted)?;
+                self.link(other, plan, visited, done)?;
                 visited.retain(|v| v != other);
             }
-            let used = plan.targets.get(other).cloned().unwrap_or_default();
+            let used = plan.targets.get(other);
+            let entitlements = used.and_then(|t| t.entitlements.clone()).unwrap_or_default();
+            let theirs = used.and_then(|t| t.platforms.clone()).unwrap_or_default();
             let Some(target) = plan.targets.get_mut(name) else { continue };
-            for entitlement in used.entitlements.into_iter().flatten() {
+            for entitlement in entitlements {
                 let own = target.entitlements.get_or_insert_default();
                 if !own.contains(&entitlement) {
                     own.push(entitlement);
                 }
             }
-            let (own, theirs) = (
-                target.platforms.as_deref().unwrap_or_default(),
-                used.platforms.as_deref().unwrap_or_default(),
-            );
+            let own = target.platforms.as_deref().unwrap_or_default();
             if own.len() > 1 && theirs.len() > 1 && !own.iter().all(|p| theirs.contains(p)) {
                 return Err(Fault::invalid(format!(
                     "target {other} can't be used by {name} because its platforms [{}] are not a subset of [{}]",
@@ -718,8 +732,26 @@ impl BakeConfig {
 }
 
 /// Text as it would stand in a definition.
-fn escaped(text: &str) -> String {
-    text.replace("${", "$${").replace("%{", "%%{")
+fn escaped(text: &str) -> Cow<'_, str> {
+    match text.contains("${") || text.contains("%{") {
+        true => text.replace("${", "$${").replace("%{", "%%{").into(),
+        false => text.into(),
+    }
+}
+
+/// Texts by name, as they would stand in a definition.
+struct Texts<'t>(&'t BTreeMap<String, Option<String>>);
+
+impl Texts<'_> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for Texts<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(k, v)| (k, v.as_deref().map(escaped))))
+    }
 }
 
 /// In the order and with the names of definitions, so that what is printed is one.
@@ -733,7 +765,7 @@ impl Serialize for Target {
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
             inherits: &'t [String],
             #[serde(skip_serializing_if = "Vec::is_empty")]
-            annotations: Vec<String>,
+            annotations: Vec<Cow<'t, str>>,
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
             attest: &'t [Attest],
             #[serde(skip_serializing_if = "Option::is_none")]
@@ -743,11 +775,11 @@ impl Serialize for Target {
             #[serde(skip_serializing_if = "Option::is_none")]
             dockerfile: &'t Option<String>,
             #[serde(skip_serializing_if = "Option::is_none")]
-            dockerfile_inline: Option<String>,
-            #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-            args: BTreeMap<&'t str, Option<String>>,
-            #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-            labels: BTreeMap<&'t str, Option<String>>,
+            dockerfile_inline: Option<Cow<'t, str>>,
+            #[serde(skip_serializing_if = "Texts::is_empty")]
+            args: Texts<'t>,
+            #[serde(skip_serializing_if = "Texts::is_empty")]
+            labels: Texts<'t>,
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
             tags: &'t [String],
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
@@ -782,14 +814,11 @@ impl Serialize for Target {
             call: &'t Option<String>,
             #[serde(skip_serializing_if = "<[_]>::is_empty")]
             entitlements: &'t [String],
-            #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-            extra_hosts: BTreeMap<&'t str, Option<String>>,
+            #[serde(skip_serializing_if = "Texts::is_empty")]
+            extra_hosts: Texts<'t>,
         }
         fn list<T>(list: &Option<Vec<T>>) -> &[T] {
             list.as_deref().unwrap_or_default()
-        }
-        fn map(map: &BTreeMap<String, Option<String>>) -> BTreeMap<&str, Option<String>> {
-            map.iter().map(|(k, v)| (k.as_str(), v.as_deref().map(escaped))).collect()
         }
         Shown {
             description: &self.description,
@@ -800,8 +829,8 @@ impl Serialize for Target {
             contexts: &self.contexts,
             dockerfile: &self.dockerfile,
             dockerfile_inline: self.dockerfile_inline.as_deref().map(escaped),
-            args: map(&self.args),
-            labels: map(&self.labels),
+            args: Texts(&self.args),
+            labels: Texts(&self.labels),
             tags: list(&self.tags),
             cache_from: list(&self.cache_from),
             cache_to: list(&self.cache_to),
@@ -819,7 +848,7 @@ impl Serialize for Target {
             resources: &self.resources,
             call: &self.call,
             entitlements: list(&self.entitlements),
-            extra_hosts: map(&self.extra_hosts),
+            extra_hosts: Texts(&self.extra_hosts),
         }
         .serialize(serializer)
     }

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     rc::Rc,
+    sync::LazyLock,
 };
 
 use hcl_edit::expr::Expression;
@@ -111,6 +112,42 @@ enum Decoded {
     Attests(Option<Vec<Attest>>),
 }
 
+/// An attribute of the blocks of a kind.
+struct AttributeSpec {
+    name: &'static str,
+    shape: Shape,
+    /// What its value is converted to.
+    ty: Type,
+}
+
+/// What the blocks of a kind may have.
+struct Schema {
+    attributes: Vec<AttributeSpec>,
+    /// What expressions see of a block that sets nothing.
+    unset: BTreeMap<String, Value>,
+}
+
+impl Schema {
+    fn of(shapes: &'static [(&'static str, Shape)]) -> Self {
+        let spec =
+            |&(name, shape): &(&'static str, Shape)| AttributeSpec { name, shape, ty: shape.ty() };
+        let attributes: Vec<AttributeSpec> = shapes.iter().map(spec).collect();
+        let unset = |a: &AttributeSpec| match a.shape {
+            Shape::PlainText => Value::string(""),
+            _ => Value::Null(a.ty.clone()),
+        };
+        let unset = attributes.iter().map(|a| (a.name.to_owned(), unset(a))).collect();
+        Self { attributes, unset }
+    }
+
+    /// That of blocks of the kind `kind`.
+    fn for_kind(kind: &str) -> &'static Self {
+        static GROUPS: LazyLock<Schema> = LazyLock::new(|| Schema::of(GROUP));
+        static TARGETS: LazyLock<Schema> = LazyLock::new(|| Schema::of(TARGET));
+        if kind == "group" { &GROUPS } else { &TARGETS }
+    }
+}
+
 impl Shape {
     fn ty(self) -> Type {
         match self {
@@ -125,47 +162,46 @@ impl Shape {
             Self::Attests => Type::list(Attest::ty()),
         }
     }
+}
 
-    /// What an expression sees where nothing was set.
-    fn unset(self) -> Value {
-        match self {
-            Self::PlainText => Value::string(""),
-            _ => Value::Null(self.ty()),
-        }
-    }
-
-    fn decode(self, value: &Value) -> Result<(Decoded, Value), String> {
-        fn entries<E: ListEntry>(value: &Value) -> Result<(Option<Vec<E>>, Value), String> {
+impl AttributeSpec {
+    /// What `value` becomes, and what expressions see of it.
+    fn decode(&self, value: &Value) -> Result<(Decoded, Value), String> {
+        fn entries<E: ListEntry>(
+            value: &Value,
+            ty: &Type,
+        ) -> Result<(Option<Vec<E>>, Value), String> {
             let entries = E::of_value(value)?;
             let seen = entries.as_ref().map(|all| all.iter().map(E::value).collect());
-            let seen = match seen {
-                Some(all) => Value::list(E::ty(), all),
-                None => Value::Null(Type::list(E::ty())),
+            let seen = match (seen, ty) {
+                (Some(all), Type::List(of)) => Value::list_of(of.clone(), all),
+                _ => Value::Null(ty.clone()),
             };
             Ok((entries, seen))
         }
         const NULL: &str = "null value is not allowed";
-        match self {
-            Self::Caches => entries(value).map(|(d, v)| (Decoded::Caches(d), v)),
-            Self::Outputs => entries(value).map(|(d, v)| (Decoded::Outputs(d), v)),
-            Self::Secrets => entries(value).map(|(d, v)| (Decoded::Secrets(d), v)),
-            Self::Agents => entries(value).map(|(d, v)| (Decoded::Agents(d), v)),
-            Self::Attests => entries(value).map(|(d, v)| (Decoded::Attests(d), v)),
-            _ => {
-                let value = convert(value, &self.ty())?;
+        let ty = &self.ty;
+        match self.shape {
+            Shape::Caches => entries(value, ty).map(|(d, v)| (Decoded::Caches(d), v)),
+            Shape::Outputs => entries(value, ty).map(|(d, v)| (Decoded::Outputs(d), v)),
+            Shape::Secrets => entries(value, ty).map(|(d, v)| (Decoded::Secrets(d), v)),
+            Shape::Agents => entries(value, ty).map(|(d, v)| (Decoded::Agents(d), v)),
+            Shape::Attests => entries(value, ty).map(|(d, v)| (Decoded::Attests(d), v)),
+            shape => {
+                let value = convert(value, ty)?;
                 let text = |v: &Value| v.as_str().map(str::to_owned);
-                let decoded = match (self, &value) {
-                    (Self::PlainText, Value::Null(_)) => return Err(NULL.into()),
-                    (Self::Text | Self::PlainText, v) => Decoded::Text(text(v)),
-                    (Self::Truth, Value::Bool(b)) => Decoded::Truth(Some(*b)),
-                    (Self::Truth, _) => Decoded::Truth(None),
-                    (Self::Texts, Value::List(_, items)) => {
+                let decoded = match (shape, &value) {
+                    (Shape::PlainText, Value::Null(_)) => return Err(NULL.into()),
+                    (Shape::Text | Shape::PlainText, v) => Decoded::Text(text(v)),
+                    (Shape::Truth, Value::Bool(b)) => Decoded::Truth(Some(*b)),
+                    (Shape::Truth, _) => Decoded::Truth(None),
+                    (Shape::Texts, Value::List(_, items)) => {
                         let texts = items.iter().map(|v| text(v).ok_or(NULL));
                         Decoded::Texts(Some(texts.collect::<Result<_, _>>()?))
                     }
-                    (Self::Texts, _) => Decoded::Texts(None),
+                    (Shape::Texts, _) => Decoded::Texts(None),
                     (_, Value::Map(_, fields)) => {
-                        if self == Self::PlainTextMap && fields.values().any(Value::is_null) {
+                        if shape == Shape::PlainTextMap && fields.values().any(Value::is_null) {
                             return Err(NULL.into());
                         }
                         Decoded::TextMap(fields.iter().map(|(k, v)| (k.clone(), text(v))).collect())
@@ -178,23 +214,13 @@ impl Shape {
     }
 }
 
-fn shapes(kind: &str) -> &'static [(&'static str, Shape)] {
-    if kind == "group" { GROUP } else { TARGET }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Begun,
-    Done,
-}
-
 /// One target or group that a block makes; a matrix makes several.
 struct Instance {
     name: String,
     /// Variables of the matrix.
     scope: Vec<(String, Value)>,
-    stages: HashMap<&'static str, Stage>,
-    decoded: HashMap<&'static str, Decoded>,
+    /// Attributes that were evaluated, or are being: these are `None`.
+    attributes: Vec<(&'static str, Option<Decoded>)>,
 }
 
 struct BlockState<'a> {
@@ -588,6 +614,26 @@ fn check_name(name: &str) -> Outcome<()> {
     }
 }
 
+/// Where in a list things are, by their names, each of which is there once.
+#[derive(Default)]
+struct Places(HashMap<String, usize>);
+
+impl Places {
+    fn of<'n>(names: impl Iterator<Item = &'n String>) -> Self {
+        Self(names.enumerate().map(|(at, name)| (name.clone(), at)).collect())
+    }
+
+    /// The place of `name`; `None` if it is new, and comes next.
+    fn place(&mut self, name: &str) -> Option<usize> {
+        let next = self.0.len();
+        let known = self.0.get(name).copied();
+        if known.is_none() {
+            self.0.insert(name.to_owned(), next);
+        }
+        known
+    }
+}
+
 /// Targets and groups.
 impl<'a> Resolver<'a> {
     fn targets(&mut self, config: &mut BakeConfig) -> Outcome<()> {
@@ -607,28 +653,32 @@ impl<'a> Resolver<'a> {
             self.block(n, None).map_err(|p| p.at(place))?;
         }
         let mut renamed: Vec<(String, Vec<String>)> = Vec::new();
-        for state in std::mem::take(&mut self.blocks) {
+        let mut labels = Places::default();
+        let mut groups = Places::of(config.groups.iter().map(|g| &g.name));
+        let mut targets = Places::of(config.targets.iter().map(|t| &t.name));
+        // The blocks stay: global attributes may ask for what they set.
+        for state in &mut self.blocks {
             let label = state.block.labels[0];
             if state.kind == "target" {
                 let names = state.instances.iter().map(|i| i.name.clone());
-                match renamed.iter_mut().find(|(l, _)| l == label) {
-                    Some((_, all)) => all.extend(names),
+                match labels.place(label) {
+                    Some(at) => renamed[at].1.extend(names),
                     None => renamed.push((label.to_owned(), names.collect())),
                 }
             }
-            for instance in state.instances {
+            for instance in std::mem::take(&mut state.instances) {
                 match state.kind {
                     "group" => {
                         let group = instance.into_group();
-                        match config.groups.iter_mut().find(|g| g.name == group.name) {
-                            Some(old) => *old = group,
+                        match groups.place(&group.name) {
+                            Some(at) => config.groups[at] = group,
                             None => config.groups.push(group),
                         }
                     }
                     _ => {
                         let target = instance.into_target();
-                        match config.targets.iter_mut().find(|t| t.name == target.name) {
-                            Some(old) => old.merge(&target),
+                        match targets.place(&target.name) {
+                            Some(at) => config.targets[at].merge(&target),
                             None => config.targets.push(target),
                         }
                     }
@@ -650,12 +700,7 @@ impl<'a> Resolver<'a> {
     fn instances(&mut self, n: usize) -> Outcome<Vec<Instance>> {
         let (kind, body) = (self.blocks[n].kind, self.blocks[n].block.body.clone());
         let label = self.blocks[n].block.labels[0];
-        let of = |name: String, scope| Instance {
-            name,
-            scope,
-            stages: HashMap::new(),
-            decoded: HashMap::new(),
-        };
+        let of = |name: String, scope| Instance { name, scope, attributes: Vec::new() };
         let (matrix, name) = (body.attribute("matrix"), body.attribute("name"));
         if kind == "group" {
             if matrix.is_some() {
@@ -735,30 +780,25 @@ impl<'a> Resolver<'a> {
     /// Evaluates `only` of a block, or all that is left to evaluate of it.
     fn block(&mut self, n: usize, only: Option<&str>) -> Outcome<()> {
         let kind = self.blocks[n].kind;
+        let schema = Schema::for_kind(kind);
         let body = self.blocks[n].block.body.clone();
         for i in 0..self.blocks[n].instances.len() {
             let name = self.blocks[n].instances[i].name.clone();
-            let known = self.eval.blocks.borrow().get(kind).is_some_and(|b| b.contains_key(&name));
-            if !known {
-                let mut fields: BTreeMap<String, Value> =
-                    shapes(kind).iter().map(|(n, s)| ((*n).to_owned(), s.unset())).collect();
-                fields.insert("name".into(), Value::string(name.as_str()));
-                self.eval.blocks.borrow_mut().entry(kind).or_default().insert(name.clone(), fields);
-            }
-            for &(attribute, shape) in
-                shapes(kind).iter().filter(|(a, _)| only.is_none_or(|o| o == *a))
-            {
-                match self.blocks[n].instances[i].stages.get(attribute) {
-                    Some(Stage::Done) => continue,
-                    Some(Stage::Begun) => {
+            self.eval.see(kind, &schema.unset, |blocks| blocks.begin(&name));
+            let asked = |a: &&AttributeSpec| only.is_none_or(|only| only == a.name);
+            for attribute in schema.attributes.iter().filter(asked) {
+                match self.blocks[n].instances[i].get(attribute.name) {
+                    Some(Some(_)) => continue,
+                    Some(None) => {
                         return Err(Problem::plain(format!(
-                            "reference cycle not allowed for {kind}.{name}.{attribute}"
+                            "reference cycle not allowed for {kind}.{name}.{}",
+                            attribute.name
                         )));
                     }
                     None => {}
                 }
-                let Some(found) = body.attribute(attribute) else {
-                    if kind == "group" && attribute == "targets" {
+                let Some(found) = body.attribute(attribute.name) else {
+                    if kind == "group" && attribute.name == "targets" {
                         return Err(Problem::new(
                             "Missing required argument",
                             "The argument \"targets\" is required, but no definition was found.",
@@ -766,24 +806,21 @@ impl<'a> Resolver<'a> {
                     }
                     continue;
                 };
-                self.blocks[n].instances[i].stages.insert(attribute, Stage::Begun);
-                let names = self.blocks[n].instances[i].scope.clone();
+                let instance = &mut self.blocks[n].instances[i];
+                let at = instance.attributes.len();
+                instance.attributes.push((attribute.name, None));
+                let names = instance.scope.clone();
                 let own: Vec<String> = names.iter().map(|(n, _)| n.clone()).collect();
                 let own: Vec<&str> = own.iter().map(String::as_str).collect();
                 self.deeper(|this| this.prepare(found.expr, &own, true))?;
                 let value = self.eval.value(found.expr, &Scope { names, parent: None })?;
-                let (decoded, seen) = shape.decode(&value).map_err(|why| {
+                let (decoded, seen) = attribute.decode(&value).map_err(|why| {
                     Problem::new("Unsuitable value type", format!("Unsuitable value: {why}"))
                         .at(found.expr.place())
                 })?;
-                let instance = &mut self.blocks[n].instances[i];
-                instance.stages.insert(attribute, Stage::Done);
-                instance.decoded.insert(attribute, decoded);
-                if let Some(fields) =
-                    self.eval.blocks.borrow_mut().get_mut(kind).and_then(|b| b.get_mut(&name))
-                {
-                    fields.insert(attribute.to_owned(), seen);
-                }
+                self.blocks[n].instances[i].attributes[at].1 = Some(decoded);
+                self.eval
+                    .see(kind, &schema.unset, |blocks| blocks.set(&name, attribute.name, seen));
             }
         }
         Ok(())
@@ -791,29 +828,38 @@ impl<'a> Resolver<'a> {
 }
 
 impl Instance {
+    /// What is known of an attribute; `None` inside if it is being evaluated.
+    fn get(&self, name: &str) -> Option<&Option<Decoded>> {
+        self.attributes.iter().find(|(n, _)| *n == name).map(|(_, decoded)| decoded)
+    }
+
+    fn take(&mut self, name: &str) -> Option<Decoded> {
+        self.attributes.iter_mut().find(|(n, _)| *n == name)?.1.take()
+    }
+
     fn text(&mut self, name: &str) -> Option<String> {
-        match self.decoded.remove(name) {
+        match self.take(name) {
             Some(Decoded::Text(text)) => text,
             _ => None,
         }
     }
 
     fn truth(&mut self, name: &str) -> Option<bool> {
-        match self.decoded.remove(name) {
+        match self.take(name) {
             Some(Decoded::Truth(truth)) => truth,
             _ => None,
         }
     }
 
     fn texts(&mut self, name: &str) -> Option<Vec<String>> {
-        match self.decoded.remove(name) {
+        match self.take(name) {
             Some(Decoded::Texts(texts)) => texts,
             _ => None,
         }
     }
 
     fn map(&mut self, name: &str) -> BTreeMap<String, Option<String>> {
-        match self.decoded.remove(name) {
+        match self.take(name) {
             Some(Decoded::TextMap(map)) => map,
             _ => BTreeMap::new(),
         }
@@ -824,7 +870,7 @@ impl Instance {
     }
 
     fn caches(&mut self, name: &str) -> Option<Vec<Cache>> {
-        match self.decoded.remove(name) {
+        match self.take(name) {
             Some(Decoded::Caches(caches)) => caches,
             _ => None,
         }
@@ -843,7 +889,7 @@ impl Instance {
             description: self.text("description").unwrap_or_default(),
             inherits: self.texts("inherits").unwrap_or_default(),
             annotations: self.texts("annotations"),
-            attest: match self.decoded.remove("attest") {
+            attest: match self.take("attest") {
                 Some(Decoded::Attests(attests)) => attests,
                 _ => None,
             },
@@ -857,16 +903,16 @@ impl Instance {
             cache_from: self.caches("cache-from"),
             cache_to: self.caches("cache-to"),
             target: self.text("target"),
-            secrets: match self.decoded.remove("secret") {
+            secrets: match self.take("secret") {
                 Some(Decoded::Secrets(secrets)) => secrets,
                 _ => None,
             },
-            ssh: match self.decoded.remove("ssh") {
+            ssh: match self.take("ssh") {
                 Some(Decoded::Agents(agents)) => agents,
                 _ => None,
             },
             platforms: self.texts("platforms"),
-            outputs: match self.decoded.remove("output") {
+            outputs: match self.take("output") {
                 Some(Decoded::Outputs(outputs)) => outputs,
                 _ => None,
             },

@@ -154,7 +154,12 @@ impl Value {
 
     /// A list of `elements`, which are of type `of`.
     pub(crate) fn list(of: Type, elements: Vec<Value>) -> Self {
-        Self::List(Arc::new(of), items(elements))
+        Self::list_of(Arc::new(of), elements)
+    }
+
+    /// The same, where the type is there to be shared.
+    pub(crate) fn list_of(of: Arc<Type>, elements: Vec<Value>) -> Self {
+        Self::List(of, items(elements))
     }
 
     pub(crate) fn strings<S: Into<Arc<str>>>(texts: impl IntoIterator<Item = S>) -> Self {

@@ -378,3 +378,36 @@ fn variables_are_listed_with_type_and_value() {
         r#"[{"name":"A","description":"An A","value":"x"},{"name":"B","type":"list of string"},{"name":"C","value":"{\"a\":1}"}]"#
     );
 }
+
+#[test]
+fn global_attributes_see_what_blocks_set() {
+    let text = "target \"a\" {\n  context = \"x\"\n}\nc = target.a.context\nd = \"${c}-${target.a.name}\"\n";
+    let parsed = parse(&[file("x.hcl", text)], &Told::default()).unwrap();
+    assert_eq!(parsed.config.targets[0].context.as_deref(), Some("x"));
+    // Also where a block asks for the attribute, and before it was evaluated for itself.
+    let text = format!("target \"b\" {{\n  context = d\n}}\n{text}");
+    let parsed = parse(&[file("x.hcl", &text)], &Told::default()).unwrap();
+    assert_eq!(parsed.config.targets[0].context.as_deref(), Some("x-a"));
+}
+
+#[test]
+fn blocks_see_of_others_what_these_set_and_what_is_not_set() {
+    let text = r#"
+target "a" {
+  args = { N = 1 }
+  output = ["type=docker,dest=x"]
+}
+target "b" {
+  description = target.a.description == "" ? "none" : "some"
+  args = { N = target.a.args.N, T = target.a.target == null ? "null" : "set", O = target.a.output[0].dest }
+  tags = [target.a.name, length(keys(target.a))]
+}
+"#;
+    let config = parse(&[file("x.hcl", text)], &Told::default()).unwrap().config;
+    let b = &config.targets[1];
+    assert_eq!(b.description, "none");
+    let args: Vec<&str> = b.args.values().map(|v| v.as_deref().unwrap()).collect();
+    assert_eq!(args, ["1", "x", "null"]);
+    // All attributes of a target, and its name.
+    assert_eq!(b.tags.as_ref().unwrap(), &["a", "29"]);
+}

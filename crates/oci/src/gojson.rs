@@ -34,15 +34,15 @@ pub fn compact(json: &str) -> String {
 /// Outside of strings these characters are nowhere, so the text need not be parsed.
 fn escape(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
-    for c in json.chars() {
-        match c {
-            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => {
-                let _ = write!(out, "\\u{:04x}", u32::from(c));
-            }
-            _ => out.push(c),
-        }
+    let mut rest = json;
+    while let Some(at) = rest.find(['<', '>', '&', '\u{2028}', '\u{2029}']) {
+        let (plain, special) = rest.split_at(at);
+        out.push_str(plain);
+        let mut chars = special.chars();
+        let _ = chars.next().map(|c| write!(out, "\\u{:04x}", u32::from(c)));
+        rest = chars.as_str();
     }
-    out
+    out + rest
 }
 
 /// An RFC 3339 time as Go writes it after reading it: the fraction without trailing zeros and never

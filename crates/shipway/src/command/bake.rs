@@ -93,16 +93,12 @@ pub(crate) async fn run(connect: &ConnectArgs, mut args: Args, debug: bool) -> R
     let origin = Origin { elsewhere, context };
     if let Some(list) = args.list.clone() {
         let list = List::parse(&list)?;
-        let parse = move || plan::parse(&args, &origin);
-        let parsed = shipway_task::blocking("read the definition", parse);
-        output::print(&list.show(parsed.await?)?)?;
+        output::print(&list.show(plan::parse(&args, &origin)?)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let (args, planned) = shipway_task::blocking("read the definition", move || {
-        let planned = plan::plan(&args, &origin)?;
-        Ok((args, planned))
-    })
-    .await?;
+    // On this thread, which has nothing else to do: others have memory of their own, which grows a
+    // page at a time.
+    let planned = plan::plan(&args, &origin)?;
     if args.print {
         let text = shipway_oci::gojson::to_string_pretty(&planned.plan)
             .map_err(|e| Fault::internal(format!("print the plan: {e}")))?;
