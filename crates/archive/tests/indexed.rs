@@ -13,6 +13,7 @@ use shipway_estargz::{
 };
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, Digest};
+use shipway_testkit::Dice;
 use std::{
     collections::BTreeMap,
     fs,
@@ -30,18 +31,6 @@ const KINDS: [CompressionKind; 3] = [
 
 fn plain(kind: CompressionKind) -> Compression {
     Compression { kind, ..Compression::default() }
-}
-
-/// A small generator of numbers (xorshift).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % n.max(1) as u64) as usize
-    }
 }
 
 /// Fills `root` with a random tree.
@@ -141,7 +130,7 @@ fn files(tree: &LayerTree) -> BTreeMap<Vec<u8>, (u64, u32, Vec<u8>)> {
 
 #[test]
 fn any_tree_is_read_back_and_threads_do_not_matter() {
-    let mut dice = Dice(0x1a7e_55ed);
+    let mut dice = Dice::new(0x1a7e_55ed);
     for round in 0..4 {
         let dir = tempfile::tempdir().unwrap();
         grow(&mut dice, dir.path());
@@ -208,7 +197,7 @@ fn any_tree_is_read_back_and_threads_do_not_matter() {
 
 #[test]
 fn what_is_read_first_comes_first_and_nothing_is_lost() {
-    let mut dice = Dice(0x0bad_cafe);
+    let mut dice = Dice::new(0x0bad_cafe);
     for kind in KINDS {
         let dir = tempfile::tempdir().unwrap();
         grow(&mut dice, dir.path());

@@ -6,13 +6,14 @@
 use shipway_archive::{
     Compression, CompressionKind, LayerTree, MemberKind, TarReader, inflate, newest_file, pack,
 };
+use shipway_testkit::Rounds;
 use std::{
     fs::{self, File},
     io::{self, Read, Write as _},
     os::unix::fs::FileExt,
     path::Path,
     process::Command,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 const PYTHON: &[u8] = include_bytes!("corpus/python-pax.tar");
@@ -379,18 +380,6 @@ fn broken_archives_are_refused() {
     assert_eq!(read(&[0; 1024][..]).unwrap().len(), 0);
 }
 
-/// A small generator of numbers (xorshift).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % n.max(1) as u64) as usize
-    }
-}
-
 /// Makes the checksums right again, so that mutations get past them.
 fn sums(bytes: &mut [u8]) {
     for block in bytes.chunks_exact_mut(512).filter(|b| &b[257..262] == b"ustar") {
@@ -429,24 +418,9 @@ fn mutations_never_break_it() {
             b"abcde",
         ),
     ]);
-    let mut dice = Dice(0x7a12_5eed);
-    // Some rounds always; a quarter of what the parsers get where there is time, then with another
-    // seed each time.
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .map(|n| Duration::from_secs(n) / 4);
-    if time.is_some() {
-        let now =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
-        println!("seed {now}");
-        dice = Dice(now);
-    }
-    let started = Instant::now();
-    for round in 0.. {
-        if time.map_or(round >= 2000, |time| started.elapsed() >= time) {
-            break;
-        }
+    let rounds = Rounds::new(2000, 4, 0x7a12_5eed);
+    let mut dice = rounds.dice();
+    for round in rounds {
         let mut bytes = corpus[round % corpus.len()].clone();
         for _ in 0..=dice.below(4) {
             // Most of what matters is in headers.

@@ -6,10 +6,11 @@ use std::{
     collections::HashMap,
     fs,
     path::Path,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use shipway_dockerfile::{Command, Dockerfile, Lex, Lines, Linter, Source};
+use shipway_testkit::{Dice, Rounds};
 
 /// Rounds when no time is given.
 const ROUNDS: usize = 10_000;
@@ -89,29 +90,18 @@ const TOKENS: &[&str] = &[
     "NONE",
 ];
 
-/// A small generator of pseudo-random numbers (xorshift).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit.max(1) as u64) as usize
+/// A place between two characters.
+fn place(text: &str, dice: &mut Dice) -> usize {
+    let mut at = dice.below(text.len() + 1);
+    while !text.is_char_boundary(at) {
+        at -= 1;
     }
-
-    fn place(&mut self, text: &str) -> usize {
-        let mut at = self.below(text.len() + 1);
-        while !text.is_char_boundary(at) {
-            at -= 1;
-        }
-        at
-    }
+    at
 }
 
 fn mutate(text: &mut String, dice: &mut Dice) {
     for _ in 0..=dice.below(5) {
-        let at = dice.place(text);
+        let at = place(text, dice);
         match dice.below(4) {
             0 => {
                 let length = dice.below(20);
@@ -119,9 +109,9 @@ fn mutate(text: &mut String, dice: &mut Dice) {
                 text.replace_range(at..end, "");
             }
             1 => {
-                let end = dice.place(text);
+                let end = place(text, dice);
                 let piece: String = text[at.min(end)..at.max(end)].chars().take(60).collect();
-                let to = dice.place(text);
+                let to = place(text, dice);
                 text.insert_str(to, &piece);
             }
             _ => text.insert_str(at, TOKENS[dice.below(TOKENS.len())]),
@@ -213,24 +203,9 @@ fn mutations_never_break_it() {
     paths.sort();
     let corpus: Vec<String> = paths.iter().map(|p| fs::read_to_string(p).expect("text")).collect();
     corpus.iter().for_each(|text| try_one(text));
-    let mut dice = Dice(0x5eed_d0c5);
-    // Some rounds always; as long as asked for where there is time (`cargo xtask test` gives a
-    // minute), then with another seed each time.
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .map(Duration::from_secs);
-    if time.is_some() {
-        let now =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
-        println!("seed {now}");
-        dice = Dice(now);
-    }
-    let started = Instant::now();
-    for round in 0.. {
-        if time.map_or(round >= ROUNDS, |time| started.elapsed() >= time) {
-            break;
-        }
+    let rounds = Rounds::new(ROUNDS, 1, 0x5eed_d0c5);
+    let mut dice = rounds.dice();
+    for round in rounds {
         let mut text = corpus[round % corpus.len()].clone();
         mutate(&mut text, &mut dice);
         let begun = Instant::now();

@@ -7,9 +7,10 @@ mod common;
 
 use common::*;
 use shipway_erofs::*;
+use shipway_testkit::Rounds;
 use std::{
     collections::HashSet,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 /// Rounds when no time is given.
@@ -21,19 +22,11 @@ const HANG: Duration = Duration::from_secs(10);
 /// set, then with another seed each time.
 #[track_caller]
 fn rounds(mut each: impl FnMut(&mut Dice, usize)) {
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .map(|n| Duration::from_secs(n) / 4);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
-    let seed = if time.is_some() { now | 1 } else { 0x5eed_e40f };
-    let started = Instant::now();
-    for round in 0.. {
-        if time.map_or(round >= ROUNDS, |time| started.elapsed() >= time) {
-            break;
-        }
+    let rounds = Rounds::new(ROUNDS, 4, 0x5eed_e40f);
+    let seed = rounds.seed();
+    for round in rounds {
         let begun = Instant::now();
-        let mut dice = Dice(seed ^ (round as u64) << 20);
+        let mut dice = Dice::new(seed ^ (round as u64) << 20);
         if let Err(panic) =
             std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| each(&mut dice, round)))
         {

@@ -2,32 +2,18 @@
 //! after it was written and read again. The seed is fixed unless time is given.
 
 use shipway_keeper::message::{BYTES, Command, Event};
-use std::time::{Duration, Instant, SystemTime};
+use shipway_testkit::Rounds;
 
 /// Rounds when no time is given.
 const ROUNDS: usize = 200_000;
 
 #[test]
 fn any_bytes_are_a_message_or_not() {
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .map(|n| Duration::from_secs(n) / 6);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
-    let mut state = if time.is_some() { now | 1 } else { 0x5eed_f05e };
-    println!("seed {state}");
-    let mut next = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    let started = Instant::now();
+    let rounds = Rounds::new(ROUNDS, 6, 0x5eed_f05e);
+    let mut dice = rounds.dice();
+    let mut next = || dice.next();
     let (mut commands, mut events) = ([0; 16], [0; 16]);
-    for round in 0.. {
-        if time.map_or(round >= ROUNDS, |time| started.elapsed() >= time) {
-            break;
-        }
+    for _ in rounds {
         let length = if next() % 8 == 0 { next() % 64 } else { BYTES as u64 } as usize;
         let mut bytes: Vec<u8> =
             (0..length).map(|_| if next() % 3 == 0 { next() as u8 } else { 0 }).collect();

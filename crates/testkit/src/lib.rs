@@ -1,6 +1,6 @@
 //! Real parts for tests and developer commands: [`Lab`] is a private containerd, image registry and
 //! `shipwayd` in a directory of its own, gone with everything they started when it is dropped, even
-//! by a panic.
+//! by a panic. [`Dice`] and [`Rounds`] are for random tests.
 //!
 //! Knows the daemon only as a program. Few dependencies, because `cargo xtask` builds it first:
 //! `rustix` for signals, mounts and processes, `sha2` and `serde_json` to make base images,
@@ -17,6 +17,7 @@ mod http;
 mod image;
 mod lab;
 mod process;
+mod random;
 mod slow;
 mod wait;
 
@@ -25,6 +26,7 @@ pub use github_cache::GithubCache;
 pub use image::{BaseImage, Layer};
 pub use lab::{Flavour, Lab, LabDisk, LabOptions, Leftovers};
 pub use process::{Finished, Process, run};
+pub use random::{Dice, Rounds};
 pub use slow::{Network, SlowNetwork};
 pub use wait::{free_port, wait_for};
 

@@ -3,35 +3,8 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use shipway_erofs::*;
+pub use shipway_testkit::Dice;
 use std::{collections::BTreeMap, ops::ControlFlow, rc::Rc};
-
-/// A small generator of pseudo-random numbers (xorshift).
-pub struct Dice(pub u64);
-
-impl Dice {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit.max(1) as u64) as usize
-    }
-
-    pub fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    pub fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
-        &list[self.below(list.len())]
-    }
-
-    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.next() as u8).collect()
-    }
-}
 
 /// [`Attributes`] that own their parts.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -304,7 +277,7 @@ pub struct Maker {
 
 impl Maker {
     pub fn new(seed: u64) -> Self {
-        let mut dice = Dice(seed | 1);
+        let mut dice = Dice::new(seed | 1);
         (0..10).for_each(|_| _ = dice.next());
         let mut names: Vec<Vec<u8>> =
             ["a", "b", "c", "d", "!", "-x", "..."].iter().map(|n| n.as_bytes().to_vec()).collect();
