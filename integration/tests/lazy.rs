@@ -109,6 +109,14 @@ fn runs_before_it_is_there(flavour: Flavour, output: Output, more: &str) {
     let pulled = slow.bytes();
     assert!(pulled < 2 << 20, "{pulled} bytes were fetched by the pull: {}", status(&lab));
     assert_eq!(blobs(&lab), 3, "index, manifest and config, but no layer");
+    let log = std::fs::read_to_string(lab.dir().join("registry.log")).unwrap();
+    let ours = || log.lines().filter(|line| line.contains("shipway-snapshotter/"));
+    assert!(ours().any(|line| line.contains("/blobs/")), "{log}");
+    // Orders of reads are looked for by tags such as `sha256-…`.
+    let manifests = |line: &&str| {
+        ["/manifests/1 ", "/manifests/sha256:"].iter().any(|manifest| line.contains(manifest))
+    };
+    assert_eq!(ours().find(manifests), None, "containerd has the manifest");
     let said = lab.ctr(words(&image, "sha256sum /data/7 /data/33")).ok().stdout;
     let mut want = String::new();
     for n in [7, 33] {

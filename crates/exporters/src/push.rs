@@ -125,14 +125,9 @@ impl Blobs {
     }
 }
 
-/// containerd's label for the registry of `name`, which leaves the port out.
+/// containerd's label for the registry of `name`.
 fn source_label(name: &ImageName) -> String {
-    let registry = name.registry();
-    let host = match registry.strip_prefix('[').and_then(|r| r.split_once(']')) {
-        Some((address, _)) => address,
-        None => registry.split_once(':').map_or(registry, |(host, _)| host),
-    };
-    format!("{DISTRIBUTION_SOURCE}.{host}")
+    format!("{DISTRIBUTION_SOURCE}.{}", name.registry_host())
 }
 
 /// The repositories without `target`, each once, those first that have most leading path components

@@ -15,7 +15,8 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// Bytes of the end of a blob that are asked for first: these, or a hundredth of the blob.
+/// Bytes of the end of a blob that are asked for first: these, or a two hundredth of the blob,
+/// which has the table of contents of most layers.
 const LEAST_END: u64 = 256 << 10;
 const MOST_END: u64 = 4 << 20;
 /// Layers that are looked at at once.
@@ -158,7 +159,7 @@ async fn once(
             return parse(annotated, layout, bytes, size, rtt).await;
         }
     }
-    let ask = request.size.unwrap_or_default() / 100;
+    let ask = request.size.unwrap_or_default() / 200;
     let ask = ask.clamp(LEAST_END, MOST_END);
     let blob = (request.digest, request.size);
     let opened = read::open(source, blob, Wanted::Last(ask), fresh, settings).await?;

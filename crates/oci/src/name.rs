@@ -43,6 +43,14 @@ impl ImageName {
         &self.registry
     }
 
+    /// Host of the registry without its port, as in containerd's labels of where blobs came from.
+    pub fn registry_host(&self) -> &str {
+        match self.registry.strip_prefix('[').and_then(|r| r.split_once(']')) {
+            Some((address, _)) => address,
+            None => self.registry.split_once(':').map_or(&*self.registry, |(host, _)| host),
+        }
+    }
+
     /// Path within the registry, such as `library/busybox`.
     pub fn repository(&self) -> &str {
         &self.repository

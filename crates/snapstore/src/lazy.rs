@@ -31,11 +31,12 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// held once, and nothing else is; what else an earlier life left mounted is unmounted.
     fn restore(&self, layers: &BTreeSet<LayerId>) -> Restored;
 
-    /// The layer that the labels of a Prepare name, ready to be mounted and held; `None` if it has
-    /// to be unpacked the ordinary way, for whatever reason. The caller waits, and containerd's
-    /// client with it, so this has to end within some seconds (10 by default), unless the layer is
-    /// pulled as a whole, which takes no longer than unpacking it would.
-    fn find(&self, labels: &Labels, below: Below) -> Option<LayerId>;
+    /// The layer that the labels of a Prepare by a client of `namespace` name, ready to be mounted
+    /// and held; `None` if it has to be unpacked the ordinary way, for whatever reason. The caller
+    /// waits, and containerd's client with it, so this has to end within some seconds (10 by
+    /// default), unless the layer is pulled as a whole, which takes no longer than unpacking it
+    /// would.
+    fn find(&self, namespace: &str, labels: &Labels, below: Below) -> Option<LayerId>;
 
     /// A layer that [`LazyLayers::find`] did not find was unpacked: the snapshot that was prepared
     /// with these labels is committed, by the client of `namespace`. Must not wait, for containerd
@@ -76,7 +77,7 @@ impl LazyLayers for NoLazyLayers {
         Restored { mounted: BTreeSet::new(), lost: layers.clone() }
     }
 
-    fn find(&self, _: &Labels, _: Below) -> Option<LayerId> {
+    fn find(&self, _: &str, _: &Labels, _: Below) -> Option<LayerId> {
         None
     }
 

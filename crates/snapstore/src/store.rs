@@ -627,7 +627,7 @@ impl Store {
         };
         let mut ending = Ending { store: self, chain, asking, answer: Answer::LookAgain };
         let below = parent.map_or(Below::Nothing, |parent| self.chain_of(parent));
-        let Some(layer) = self.layers.find(labels, below) else {
+        let Some(layer) = self.layers.find(key.namespace(), labels, below) else {
             ending.answer = Answer::Unpack;
             return Ok(Some(false));
         };

@@ -505,10 +505,10 @@ impl Lazy {
         layer.touch();
     }
 
-    fn find_layer(self: &Arc<Self>, wanted: &Wanted) -> Result<Arc<Layer>> {
+    fn find_layer(self: &Arc<Self>, namespace: &str, wanted: &Wanted) -> Result<Arc<Layer>> {
         let limit = Duration::from_secs(self.config.lazy.resolve_timeout);
         let found = self.runtime.block_on(async {
-            let work = self.resolver.resolve(self, wanted);
+            let work = self.resolver.resolve(self, namespace, wanted);
             let found = tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
                 Err(Fault::new(
                     shipway_fault::Code::DeadlineExceeded,
@@ -588,13 +588,13 @@ impl LazyLayers for LazyPort {
         restored
     }
 
-    fn find(&self, labels: &Labels, below: Below) -> Option<LayerId> {
+    fn find(&self, namespace: &str, labels: &Labels, below: Below) -> Option<LayerId> {
         let lazy = &self.0;
         if lazy.tier == Tier::NotLazy {
             return None;
         }
         let wanted = Wanted::of(labels)?;
-        let found = lazy.find_layer(&wanted).and_then(|layer| {
+        let found = lazy.find_layer(namespace, &wanted).and_then(|layer| {
             labels::vouch(layer.diff_id(), labels, below)?;
             Ok(layer)
         });

@@ -2,7 +2,10 @@
 //! soon as its first one is asked for, and each once however many ask.
 
 use super::{Lazy, credentials::AllCredentials, fast::Pull, labels::Wanted};
-use crate::config::{self, Config};
+use crate::{
+    config::{self, Config},
+    content,
+};
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
@@ -15,8 +18,9 @@ use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, Platform, medi
 use shipway_registry::{Mode, Registry, RegistryConfig, Repository};
 use std::{
     collections::{BTreeMap, HashMap},
+    path::Path,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 use tokio::{
     runtime::Handle,
@@ -29,6 +33,10 @@ const MANIFESTS: usize = 64;
 const MAX_ENTRIES_KEPT: usize = 100_000;
 /// Manifests that an index is looked through for, those for this machine first.
 const MAX_PLATFORMS: usize = 8;
+/// Longest manifest, in bytes.
+const MAX_MANIFEST: usize = 4 << 20;
+/// How long containerd is asked for a manifest that it may have.
+const STORED: Duration = Duration::from_millis(250);
 /// A registry that knows this part of what was learned need not be told.
 const KNOWN_WELL: f64 = 0.9;
 
@@ -38,6 +46,20 @@ type Shared<T> = Arc<OnceCell<T>>;
 struct Image {
     manifest: Descriptor,
     layers: Vec<Descriptor>,
+}
+
+impl Image {
+    fn read(name: &ImageName, manifest: Digest, bytes: &[u8]) -> Result<Arc<Self>> {
+        let found: Manifest = serde_json::from_slice(bytes)
+            .map_err(|e| Fault::invalid(format!("the manifest of {name}: {e}")))?;
+        let media_type = found.media_type.unwrap_or_else(|| media::OCI_MANIFEST.to_owned());
+        let manifest = Descriptor::new(media_type, manifest, bytes.len() as u64);
+        Ok(Arc::new(Self { manifest, layers: found.layers }))
+    }
+
+    fn layer(&self, digest: Digest) -> Option<&Descriptor> {
+        self.layers.iter().find(|layer| layer.digest == digest)
+    }
 }
 
 /// The cell for `key`, among those that were used last.
@@ -136,13 +158,48 @@ impl Resolver {
             // Its length is not known, its digest is.
             let unknown = Descriptor::new("", manifest, 0);
             let bytes = self.repository(name).fetch_manifest(&unknown).await?;
-            let found: Manifest = serde_json::from_slice(&bytes)
-                .map_err(|e| Fault::invalid(format!("the manifest of {name}: {e}")))?;
-            let media_type = found.media_type.unwrap_or_else(|| media::OCI_MANIFEST.to_owned());
-            let manifest = Descriptor::new(media_type, manifest, bytes.len() as u64);
-            Ok::<_, Fault>(Arc::new(Image { manifest, layers: found.layers }))
+            Image::read(name, manifest, &bytes)
         };
         cell_of(&self.manifests, manifest).get_or_try_init(fetch).await.cloned()
+    }
+
+    /// The image that a layer is wanted for, out of containerd's content store: a client has stored
+    /// the manifest of what it pulls before it asks for snapshots, so that no registry need be
+    /// asked. `None` if it is not there, or if it is not clear which of several it is.
+    async fn stored(
+        &self,
+        containerd: &Path,
+        namespace: &str,
+        wanted: &Wanted,
+    ) -> Option<Arc<Image>> {
+        let name = &wanted.image;
+        let look = async {
+            let manifest = match wanted.manifest {
+                Some(manifest) => manifest,
+                None => {
+                    let from = (name.registry_host(), name.repository());
+                    match *content::manifests_with(containerd, namespace, wanted.layer, from)
+                        .await?
+                    {
+                        [only] => only,
+                        _ => return Ok(None),
+                    }
+                }
+            };
+            let read = async || {
+                let bytes = content::whole(containerd, namespace, manifest, MAX_MANIFEST).await?;
+                Image::read(name, manifest, &bytes)
+            };
+            cell_of(&self.manifests, manifest).get_or_try_init(read).await.cloned().map(Some)
+        };
+        match tokio::time::timeout(STORED, look).await {
+            Ok(Ok(image)) => image.filter(|image| image.layer(wanted.layer).is_some()),
+            Ok(Err(fault)) => {
+                tracing::debug!(image = %name, %fault, "no manifest in containerd");
+                None
+            }
+            Err(_) => None,
+        }
     }
 
     /// The image that a layer is wanted for. Where only its name was told it is asked what that
@@ -151,7 +208,7 @@ impl Resolver {
         if let Some(manifest) = wanted.manifest {
             return self.image(&wanted.image, manifest).await;
         }
-        let has = |image: &Image| image.layers.iter().any(|layer| layer.digest == wanted.layer);
+        let has = |image: &Image| image.layer(wanted.layer).is_some();
         let name = format!("{}@{}", wanted.image.locator(), wanted.image.reference());
         for _ in 0..2 {
             let cell = cell_of(&self.names, name.clone());
@@ -206,7 +263,7 @@ impl Resolver {
         let annotations = BTreeMap::new();
         let wanted = Wanted { layer, image: image.clone(), manifest, annotations };
         let found = self.image_of(&wanted).await?;
-        let own = found.layers.iter().find(|l| l.digest == layer).ok_or_else(not_lazy)?;
+        let own = found.layer(layer).ok_or_else(not_lazy)?;
         let mut blob = self.repository(image).fetch_blob(own, 0).await?;
         while let Some(piece) = blob.next().await? {
             if pieces.send(piece).await.is_err() {
@@ -216,10 +273,16 @@ impl Resolver {
         Ok(())
     }
 
-    /// The layer that is wanted, served. The image's other layers are made meanwhile, and what will
-    /// be read of all of them first is found out.
-    pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Found> {
-        if wanted.has_toc() || self.has_plain(lazy, wanted.layer) {
+    /// The layer that is wanted by a client of `namespace`, served. The image's other layers are
+    /// made meanwhile, and what will be read of all of them first is found out.
+    pub async fn resolve(
+        &self,
+        lazy: &Arc<Lazy>,
+        namespace: &str,
+        wanted: &Wanted,
+    ) -> Result<Found> {
+        let stored = self.stored(&lazy.config.cri.containerd, namespace, wanted).await;
+        if stored.is_none() && (wanted.has_toc() || self.has_plain(lazy, wanted.layer)) {
             let (all, of) = (lazy.clone(), wanted.clone());
             shipway_task::spawn_on(&lazy.runtime, "make other layers", async move {
                 match all.resolver.image_of(&of).await {
@@ -235,18 +298,23 @@ impl Resolver {
                 .await
                 .map(Found::Layer);
         }
-        let image = self.image_of(wanted).await?;
+        let image = match stored {
+            Some(image) => image,
+            None => self.image_of(wanted).await?,
+        };
         Self::prepare(lazy, &wanted.image, &image);
-        let own = image.layers.iter().find(|l| l.digest == wanted.layer).ok_or_else(not_lazy)?;
+        let own = image.layer(wanted.layer).ok_or_else(not_lazy)?;
         let pull = self.is_pulled(lazy, own).then(|| lazy.pull(&wanted.image, own));
         Self::pull_above(lazy, wanted, &image);
-        match pull {
-            Some(pull) => Ok(Found::Pull(pull)),
-            None => self
-                .make(lazy, &wanted.image, own.digest, Some(own.size), &own.annotations)
-                .await
-                .map(Found::Layer),
+        if let Some(pull) = pull {
+            return Ok(Found::Pull(pull));
         }
+        // What containerd passed on goes first: it knows what is pulled.
+        let passed_on = wanted.has_toc().then_some(&wanted.annotations);
+        let annotations = passed_on.unwrap_or(&own.annotations);
+        self.make(lazy, &wanted.image, own.digest, Some(own.size), annotations)
+            .await
+            .map(Found::Layer)
     }
 
     /// Whether a layer is pulled as a whole.

@@ -46,7 +46,7 @@ impl LazyLayers for Images {
         Restored { mounted: found.copied().collect(), ..Restored::default() }
     }
 
-    fn find(&self, labels: &Labels, _: Below) -> Option<LayerId> {
+    fn find(&self, _: &str, labels: &Labels, _: Below) -> Option<LayerId> {
         let number: u64 = labels.get("layer")?.parse().ok()?;
         let Source::Files { meta, data } = self.source(LayerId(number)) else { panic!() };
         fs::create_dir_all(meta.parent().unwrap()).unwrap();

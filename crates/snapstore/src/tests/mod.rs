@@ -187,7 +187,7 @@ impl LazyLayers for Layers {
         Restored { mounted: state.mounted.clone(), lost }
     }
 
-    fn find(&self, labels: &Labels, below: Below) -> Option<LayerId> {
+    fn find(&self, _: &str, labels: &Labels, below: Below) -> Option<LayerId> {
         let layer = LayerId(labels.get("layer")?.parse().ok()?);
         let mut state = self.state();
         state.finds += 1;
