@@ -48,6 +48,8 @@ const MAX_HEDGES: usize = 2;
 const WINDOW: Range<u64> = 128 << 10..1 << 20;
 /// Frames of a layer that wait to be read ahead; those that are older than so many are stale.
 const MAX_AHEAD: usize = 256;
+/// A chunk so many times as long as those that were read is not what a stride leads to.
+const MUCH_LONGER: u64 = 4;
 /// What strides may fetch ahead at a time.
 const MAX_STRIDES: u64 = 4 << 20;
 
@@ -330,7 +332,7 @@ impl Shared {
 
     /// Wants what is missing of some blocks, in order, up to so many bytes; gives where the frames
     /// begin.
-    async fn prefetch(
+    pub(crate) async fn prefetch(
         &self,
         layer: &Arc<Layer>,
         pieces: Vec<Range<u64>>,
@@ -479,19 +481,47 @@ impl Shared {
         let look = move || target.chunk_at(block);
         let chunk = shipway_task::blocking("read a layer's data", look).await;
         let Ok(Some(chunk)) = chunk else { return false };
-        let (expected, sure) = {
+        let (expected, sure, longest) = {
             let mut ahead = locked(&layer.ahead);
             ahead.windows.read(chunk.frame);
+            let length = chunk.blocks.end - chunk.blocks.start;
+            ahead.longest = length.max(ahead.longest - ahead.longest / 8);
             match self.settings.strides {
-                true => (ahead.deltas.access(chunk.block), ahead.deltas.is_sure()),
-                false => (Vec::new(), false),
+                true => {
+                    let expected = ahead.deltas.access(chunk.blocks.start);
+                    (expected, ahead.deltas.is_sure(), ahead.longest)
+                }
+                false => (Vec::new(), false, 0),
             }
         };
         if !expected.is_empty() {
-            let pieces = expected.into_iter().map(|at| at..at.saturating_add(1)).collect();
+            let pieces = self.of_like_length(layer, longest, expected).await;
             self.prefetch(layer, pieces, Class::Ahead, MAX_STRIDES).await;
         }
         sure
+    }
+
+    /// Those of some blocks that are of chunks not much longer than `longest`: a stride ends with
+    /// the files that it leads along, and what it would hit beyond may be of any length.
+    async fn of_like_length(
+        &self,
+        layer: &Layer,
+        longest: u64,
+        blocks: Vec<u64>,
+    ) -> Vec<Range<u64>> {
+        let target = layer.target.clone();
+        let look = move || {
+            let mut pieces = Vec::with_capacity(blocks.len());
+            for block in blocks {
+                if let Some(chunk) = target.chunk_at(block)?
+                    && chunk.blocks.end - chunk.blocks.start <= longest.saturating_mul(MUCH_LONGER)
+                {
+                    pieces.push(block..block.saturating_add(1));
+                }
+            }
+            Ok(pieces)
+        };
+        shipway_task::blocking("read a layer's data", look).await.unwrap_or_default()
     }
 
     /// A frame is good.

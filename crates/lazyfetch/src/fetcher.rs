@@ -1,10 +1,11 @@
 //! What callers ask of the engine.
 
 use crate::{
-    Blob, ChunkStart, Counters, Event, LayerSpec, LayerStats, Report, Settings, Source, Target,
+    Blob, ChunkPlace, Counters, Event, LayerSpec, LayerStats, Report, Settings, Source, Target,
     Whole, WriteError,
     engine::Shared,
     layer::{Layer, locked},
+    queue::Class,
     read::environment,
     whole::{bring, consume},
 };
@@ -16,6 +17,8 @@ use tokio::sync::mpsc;
 
 /// Blocks of a landmark that are looked at together.
 const PIECE: u64 = (4 << 20) / DATA_BLOCK;
+/// What is only likely to be read may fetch so much of a layer.
+const MAX_LIKELY: u64 = 4 << 20;
 
 /// The engine. Cheap to clone; it ends with the last clone and the requests on their way.
 #[derive(Clone)]
@@ -132,6 +135,17 @@ impl Fetcher {
         locked(&found.ahead).learned.extend(blocks);
         self.0.with(|s| s.feeding.insert(layer));
         self.0.pump();
+    }
+
+    /// Blocks that are likely to be read, in this order, though nobody knows: what is known goes
+    /// first, and of what is longer only the beginning is fetched.
+    pub fn likely(&self, layer: u32, blocks: Vec<Range<u64>>) {
+        let Some(found) = self.0.layer(layer) else { return };
+        let this = self.0.clone();
+        shipway_task::spawn("queue what is likely to be read", async move {
+            this.prefetch(&found, blocks, Class::Ahead, MAX_LIKELY).await;
+            this.pump();
+        });
     }
 
     /// All before the place `end` in the blob will be read.
@@ -253,7 +267,7 @@ impl Target for NoLayer {
         Ok(())
     }
 
-    fn chunk_at(&self, _: u64) -> Result<Option<ChunkStart>, Fault> {
+    fn chunk_at(&self, _: u64) -> Result<Option<ChunkPlace>, Fault> {
         Ok(None)
     }
 

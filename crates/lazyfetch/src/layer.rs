@@ -82,6 +82,8 @@ pub(crate) struct Ahead {
     /// Whether some of them are on their way into the queue.
     pub feeding: bool,
     pub deltas: Deltas,
+    /// Blocks of the longest chunk that was read lately.
+    pub longest: u64,
     pub windows: Windows,
 }
 

@@ -48,7 +48,7 @@ pub use finish::Finish;
 pub use index::{ExternalToc, IndexRequest, Indexed, index, index_all};
 pub use layer::LayerSpec;
 pub use port::{
-    Blob, Body, ChunkStart, Credentials, Hope, Opened, Report, Source, SourceError, Target, Wanted,
+    Blob, Body, ChunkPlace, Credentials, Hope, Opened, Report, Source, SourceError, Target, Wanted,
     Whole, WriteError,
 };
 pub use profile::{ARTIFACT, Profile, Profiles};

@@ -17,11 +17,11 @@ pub struct Blob {
     pub size: u64,
 }
 
-/// Where a chunk begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ChunkStart {
-    /// Its first block.
-    pub block: u64,
+/// Where a chunk is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkPlace {
+    /// Its blocks.
+    pub blocks: Range<u64>,
     /// Where its frame begins in the blob.
     pub frame: u64,
 }
@@ -66,7 +66,7 @@ pub trait Target: Send + Sync + 'static {
 
     /// Where the chunk begins that a block is of, the first one if there are several; `None` if it
     /// is of none.
-    fn chunk_at(&self, block: u64) -> Result<Option<ChunkStart>, Fault>;
+    fn chunk_at(&self, block: u64) -> Result<Option<ChunkPlace>, Fault>;
 
     /// Blocks whose data is in the blob before the place `end`.
     fn before(&self, end: u64) -> Result<Range<u64>, Fault>;
@@ -110,10 +110,9 @@ impl Target for Layer {
         })
     }
 
-    fn chunk_at(&self, block: u64) -> Result<Option<ChunkStart>, Fault> {
+    fn chunk_at(&self, block: u64) -> Result<Option<ChunkPlace>, Fault> {
         let chunk = self.chunks_touching(block..block.saturating_add(1))?.next().transpose()?;
-        Ok(chunk
-            .map(|chunk| ChunkStart { block: chunk.blocks().start, frame: chunk.record.offset }))
+        Ok(chunk.map(|chunk| ChunkPlace { blocks: chunk.blocks(), frame: chunk.record.offset }))
     }
 
     fn before(&self, end: u64) -> Result<Range<u64>, Fault> {

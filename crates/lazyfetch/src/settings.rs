@@ -8,7 +8,8 @@ pub struct Settings {
     /// Bytes of answers that are in memory or on their way at once. A frame that is longer goes
     /// alone.
     pub memory: u64,
-    /// Connections to each host.
+    /// Connections to each host. How much is asked for at once is limited in bytes, by what the
+    /// line holds; this many are needed to fill it with small files over a long way.
     pub connections: usize,
     /// How long somebody waits for blocks before the read fails.
     pub deadline: Duration,
@@ -31,7 +32,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             memory: 16 << 20,
-            connections: 16,
+            connections: 64,
             deadline: Duration::from_secs(60),
             first_byte: Duration::from_secs(5),
             stall: Duration::from_secs(10),

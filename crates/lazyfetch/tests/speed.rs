@@ -340,6 +340,32 @@ async fn memory_is_bounded_whatever_is_wanted() {
     assert_eq!(lab.fetcher.in_flight(), 0);
 }
 
+/// A stride along small files fetches nothing of the long ones that lie behind them.
+#[tokio::test(start_paused = true)]
+async fn a_stride_ends_with_the_files_that_it_leads_along() {
+    let (small, long) = (50_000, 2_000_000);
+    let sizes: Vec<u64> = [vec![small; 200], vec![long; 40]].concat();
+    let layer = Plan::files(1, sizes).build();
+    let server = Server::good(&layer.blob, Way::new(20, 30));
+    let mut lab = Lab::new(&layer, &[&server], Settings { window: false, ..Settings::default() });
+    let mut misses = 0;
+    for file in (0..200).step_by(5) {
+        let blocks = layer.blocks_of_frame(file);
+        if layer.is_good(blocks.clone()) {
+            lab.fetcher.touched(1, blocks.start);
+        } else {
+            misses += 1;
+            lab.read(blocks).await.1.unwrap();
+        }
+        // The program does something with what it has read.
+        sleep(30 * MS).await;
+    }
+    sleep(Duration::from_secs(2)).await;
+    let sent = server.sent.load(SeqCst);
+    assert!(misses < 10, "{misses} of 40 reads waited");
+    assert!(sent < 41 * small, "{sent} bytes for 40 files of {small}");
+}
+
 /// Files of a directory come with the one that is missed, and nothing of other directories.
 #[tokio::test(start_paused = true)]
 async fn files_of_the_same_directory_come_with_a_missed_one() {

@@ -9,7 +9,7 @@ use shipway_estargz::Record;
 use shipway_fault::{Code, Fault};
 use shipway_layerstore::{Chunk, ChunkId, Frame, Good};
 use shipway_lazyfetch::{
-    Blob, Body, ChunkStart, Event, Fetcher, Hope, LayerSpec, Opened, Report, Settings, Source,
+    Blob, Body, ChunkPlace, Event, Fetcher, Hope, LayerSpec, Opened, Report, Settings, Source,
     SourceError, Target, Wanted, Whole, WriteError,
 };
 use shipway_oci::{Digest, Hasher};
@@ -272,12 +272,12 @@ impl Target for Layer {
         Ok(())
     }
 
-    fn chunk_at(&self, block: u64) -> Result<Option<ChunkStart>, Fault> {
+    fn chunk_at(&self, block: u64) -> Result<Option<ChunkPlace>, Fault> {
         let frame = self.touching(block..block + 1).next();
         let starts = frame.map(|f| (f.offset, f.chunks.iter().map(Chunk::blocks)));
         Ok(starts.and_then(|(frame, mut chunks)| {
-            let start = chunks.find(|blocks| blocks.contains(&block))?.start;
-            Some(ChunkStart { block: start, frame })
+            let blocks = chunks.find(|blocks| blocks.contains(&block))?;
+            Some(ChunkPlace { blocks, frame })
         }))
     }
 
