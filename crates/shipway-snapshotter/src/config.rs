@@ -120,7 +120,7 @@ impl Default for Lazy {
             plain: true,
             plain_from_registry: false,
             memory: 16 << 20,
-            connections: 16,
+            connections: 64,
             max_percent: 20,
             min_free_percent: 5,
             learn: 60,

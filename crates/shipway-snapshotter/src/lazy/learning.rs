@@ -181,7 +181,7 @@ impl Learning {
 
 impl Lazy {
     /// Begins to fetch what will be read first of a layer: as it was the last time, or as whoever
-    /// made the layer says.
+    /// made the layer says, or else what nearly every container reads.
     pub fn ahead(&self, image: &ImageName, manifest: Option<Digest>, layer: &Layer) {
         if layer.state() != State::Lazy {
             return;
@@ -198,7 +198,13 @@ impl Lazy {
         match layer.landmark() {
             _ if !learned.is_empty() => self.fetcher.learned(number, learned),
             Some(Landmark::Prefetch { end }) => self.fetcher.landmark(number, end),
-            Some(Landmark::NoPrefetch) | None => {}
+            // Converters mark every layer so that they were told nothing about.
+            Some(Landmark::NoPrefetch) | None => {
+                let first = self.neighbors.first(layer);
+                if !first.is_empty() {
+                    self.fetcher.likely(number, first);
+                }
+            }
         }
     }
 
