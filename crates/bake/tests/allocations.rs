@@ -95,6 +95,7 @@ fn definition(targets: usize) -> File {
 }
 
 /// Calls to the allocator, and bytes, for the printed plan of so many targets.
+#[track_caller]
 fn cost(targets: usize) -> (usize, usize) {
     let files = [definition(targets)];
     let before = (CALLS.get(), BYTES.get());
@@ -117,6 +118,6 @@ fn a_target_costs_some_hundred_allocations_however_many_there_are() {
 }
 
 /// Allocations for one target, at most: a fifth more than they are now.
-const MOST: usize = 400;
+const MOST: usize = 300;
 /// The same in bytes.
-const MOST_BYTES: usize = 60_000;
+const MOST_BYTES: usize = 36_000;
