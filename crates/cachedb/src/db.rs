@@ -2,8 +2,8 @@
 
 use parking_lot::Mutex;
 use redb::{
-    Database, Durability, MultimapTableDefinition, MultimapTableHandle as _, ReadableDatabase,
-    ReadableTable, ReadableTableMetadata, TableDefinition,
+    Database, DatabaseError, Durability, MultimapTableDefinition, MultimapTableHandle as _,
+    ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError, TableDefinition,
 };
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
@@ -287,8 +287,14 @@ impl Inner {
     }
 
     fn try_open(path: &Path) -> std::result::Result<Self, OpenError> {
-        use redb::{DatabaseError, StorageError};
-        let db = match Database::builder().set_cache_size(CACHE_BYTES).create(path) {
+        Self::of(Database::builder().set_cache_size(CACHE_BYTES).create(path))
+    }
+
+    /// The index in a file that was opened.
+    fn of(
+        opened: std::result::Result<Database, DatabaseError>,
+    ) -> std::result::Result<Self, OpenError> {
+        let db = match opened {
             Ok(db) => db,
             Err(DatabaseError::DatabaseAlreadyOpen) => {
                 return Err(OpenError::Fault(

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use redb::{StorageBackend, backends::FileBackend};
+use std::{fs::File, io};
 
 fn name(number: usize) -> CacheKey {
     CacheKey(Digest::of(number.to_string()))
@@ -35,6 +37,93 @@ fn fill(inner: &Inner, numbers: std::ops::Range<usize>) {
         })
         .unwrap();
 }
+
+/// A file, and how many bytes of it were read.
+#[derive(Debug)]
+struct Counted {
+    file: FileBackend,
+    read: Arc<AtomicU64>,
+}
+
+impl StorageBackend for Counted {
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.read.fetch_add(out.len() as u64, Ordering::Relaxed);
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.file.close()
+    }
+}
+
+/// Bytes that a start reads of the file at `path`, and then one look-up of the record `number`.
+#[track_caller]
+fn bytes_read(path: &Path, number: usize) -> [u64; 2] {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let read = Arc::new(AtomicU64::new(0));
+    let backend = Counted { file: FileBackend::new(file).unwrap(), read: read.clone() };
+    let opened = Database::builder().set_cache_size(CACHE_BYTES).create_with_backend(backend);
+    let Ok(inner) = Inner::of(opened) else { panic!("{} cannot be opened", path.display()) };
+    assert!(!inner.is_sweep_due().unwrap());
+    let start = read.load(Ordering::Relaxed);
+    assert_eq!(inner.result_of(&name(number)).unwrap(), Some(number.to_string()));
+    [start, read.load(Ordering::Relaxed) - start]
+}
+
+#[test]
+fn a_start_reads_as_little_of_many_records_as_of_few() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache.redb");
+    let mut seen = Vec::new();
+    for many in [1000, 20_000] {
+        let inner = Inner::open(&path).unwrap();
+        fill(&inner, many / 2..many);
+        inner.sweep_at.store(u64::MAX, Ordering::Relaxed);
+        inner
+            .write(|tx| {
+                let mut about = tx.open_table(ABOUT).map_err(fault)?;
+                about.insert(SWEEP_AT, u64::MAX).map(drop).map_err(fault)
+            })
+            .unwrap();
+        inner.flush().unwrap();
+        // As a kill leaves it, and as an orderly end does.
+        let killed = dir.path().join("killed.redb");
+        std::fs::copy(&path, &killed).unwrap();
+        drop(inner);
+        for path in [&path, &killed] {
+            let size = std::fs::metadata(path).unwrap().len();
+            seen.push((size, bytes_read(path, many - 1)));
+        }
+    }
+    println!("{seen:?}");
+    let [few @ .., many_after_end, many_after_kill] = &seen[..] else { panic!("{seen:?}") };
+    for (many, few) in [many_after_end, many_after_kill].iter().zip(few) {
+        assert!(many.0 > 10 * few.0, "{seen:?}");
+        for (many, few) in many.1.iter().zip(few.1) {
+            assert!(*many <= few + MORE, "{seen:?}");
+        }
+    }
+}
+
+/// What a file that is twenty times as large may cost more, in bytes: pages of its root and of the
+/// way to one record, and a bit for each page of it.
+const MORE: u64 = 64 << 10;
 
 #[test]
 fn a_start_leaves_unused_keys_for_later() {
