@@ -73,6 +73,23 @@ impl Active {
         Ok(view)
     }
 
+    /// One that an earlier run of the daemon left, and that `lease` keeps now.
+    pub async fn left(
+        backend: &Arc<Backend>,
+        lease: &RunLease,
+        key: &SnapshotKey,
+        is_view: bool,
+    ) -> Result<Self> {
+        let (lease, key) = (lease.clone(), key.clone());
+        let mut active =
+            Self { backend: backend.clone(), lease, key, mounts: Vec::new(), armed: true };
+        active.mounts = backend.storage.snapshots.mounts(&active.key).await?;
+        if !is_view {
+            backend.begin_writing(&active.key);
+        }
+        Ok(active)
+    }
+
     /// The name of one that is made next. From here on a call that is cut off leaves nothing
     /// behind.
     async fn named(backend: &Arc<Backend>, what: &str) -> Result<Self> {

@@ -12,6 +12,7 @@ use crate::{
 use shipway_fault::{Context as _, Fault, Result, nearest};
 use shipway_oci::{ChainId, Digest};
 use shipway_progress::Reporter;
+use shipway_storage::SnapshotKey;
 use shipway_task::blocking;
 use shipway_treehash::Selector;
 use std::{fmt, path::Path, sync::Arc, time::SystemTime};
@@ -143,6 +144,12 @@ impl ImmutableRef {
     /// them gives. A client's directory is none yet.
     pub fn is_exact(&self) -> bool {
         self.as_layered().is_some_and(LayeredRef::is_exact)
+    }
+
+    /// The name of its snapshot, which need not exist yet; `None` without layers, and for a client's
+    /// directory.
+    pub fn snapshot_name(&self) -> Option<&SnapshotKey> {
+        self.as_layered()?.record().snapshot()
     }
 
     /// The name of the snapshot that unpacking its layers gives; `None` without layers. A client's

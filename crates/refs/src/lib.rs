@@ -11,7 +11,7 @@
 //! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning
 //!   deletes leases and nothing else.
 //! - Active snapshots and views of one run of the daemon hang on *run leases*, which the next run
-//!   deletes.
+//!   deletes, but for those of processes that go on ([`Inherited`]).
 //! - What may be lost lives in a small file: last use and use count.
 //! - After a power cut, what was not on the disk is removed before it can be used (`durable.rs`).
 //! - A layer that a remote snapshotter serves has a snapshot and no blob, which is fetched only
@@ -46,8 +46,8 @@
 //! ├ named_table                            named states, and who holds them
 //! │
 //! │ containerd's storage in this run of the daemon
-//! ├ active, blob_writer ── backend ── run_lease, last_used, durable, fill_marks
-//! │                              └── mount ── background
+//! ├ inherited ── active, blob_writer ── backend ── run_lease, last_used, durable, fill_marks
+//! │                                            └── mount ── background
 //! │
 //! │ data
 //! └ record ── exact ── layer, id           life, served; tree_copy ── contents
@@ -69,6 +69,7 @@ mod fill_marks;
 mod frozen;
 mod id;
 mod immutable;
+mod inherited;
 mod last_used;
 mod layer;
 mod layer_lookup;
@@ -100,6 +101,7 @@ pub use blobs::Fetch;
 pub use contents::copy_contents;
 pub use id::RefId;
 pub use immutable::ImmutableRef;
+pub use inherited::Inherited;
 pub use layer::{Layer, LayerBlob, LayerOrigins, LayerSource, LayerSourceId, LazyLayer, NoOrigins};
 pub use layered::View;
 pub use mount::LocalMount;

@@ -63,7 +63,9 @@ pub(crate) struct Load<'a> {
 impl Load<'_> {
     /// Fills the tables from the leases in containerd, and deletes those whose states are gone.
     pub async fn run(&self, origins: &dyn LayerOrigins) -> Result<()> {
-        let leases = self.backend.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
+        let mut leases = self.backend.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
+        let ours = self.backend.run_leases.current().await;
+        leases.retain(|lease| Some(&lease.id) != ours.as_ref());
         let all = self.backend.storage.snapshots.list(&[]).await?;
         self.backend.distrusted.load(&all);
         let served: HashSet<SnapshotKey> = all

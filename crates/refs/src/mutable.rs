@@ -5,6 +5,7 @@ use crate::{
     commit::{hash, name, remember, written},
     early_blob::UnownedBlob,
     immutable::ImmutableRef,
+    inherited::Inherited,
     layered::LayeredRef,
     life::RecordStage,
     mount::{LocalMount, WeakMount},
@@ -44,14 +45,7 @@ impl MutableRef {
         record_type: RecordType,
         progress: Option<&Reporter>,
     ) -> Result<Self> {
-        let parent = match parent {
-            Some(parent) => {
-                let parent = parent.layered().await?;
-                parent.materialize(progress).await?;
-                Some(parent).filter(|p| !p.is_scratch())
-            }
-            None => None,
-        };
+        let parent = parent_layers(parent, progress).await?;
         let below = parent.as_ref().and_then(|p| p.record().snapshot());
         let active = Active::prepare(&records.backend, "step", below)
             .await
@@ -64,6 +58,22 @@ impl MutableRef {
             description,
             mounted: Mutex::default(),
         })
+    }
+
+    /// The state `key` that an earlier run of the daemon was writing on top of `parent`.
+    pub(crate) async fn resume(
+        records: &Arc<Records>,
+        inherited: &mut Inherited,
+        key: &SnapshotKey,
+        parent: Option<&ImmutableRef>,
+        description: String,
+        record_type: RecordType,
+    ) -> Result<Self> {
+        let parent = parent_layers(parent, None).await?;
+        let below = parent.as_ref().and_then(|p| p.record().snapshot());
+        let active = inherited.active(key, below)?;
+        let (records, mounted) = (records.clone(), Mutex::default());
+        Ok(Self { records, active, parent, record_type, description, mounted })
     }
 
     /// Key of the active snapshot.
@@ -145,6 +155,17 @@ impl MutableRef {
     pub async fn release(self) -> Result<()> {
         self.active.release().await
     }
+}
+
+/// The layers to write on top of, which are made to exist.
+async fn parent_layers(
+    parent: Option<&ImmutableRef>,
+    progress: Option<&Reporter>,
+) -> Result<Option<LayeredRef>> {
+    let Some(parent) = parent else { return Ok(None) };
+    let parent = parent.layered().await?;
+    parent.materialize(progress).await?;
+    Ok(Some(parent).filter(|p| !p.is_scratch()))
 }
 
 /// Hashes what was written into `active`, or packs it as `pack` says, and makes it a state on top

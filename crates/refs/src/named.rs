@@ -78,6 +78,21 @@ impl NamedRef {
         }
     }
 
+    /// The state with this id; `None` if there is none, or if `sharing` does not allow that now.
+    pub(crate) async fn again(
+        records: &Arc<Records>,
+        table: &Arc<NamedTable>,
+        id: &RefId,
+        sharing: Sharing,
+    ) -> Result<Option<Self>> {
+        let Some(entry) = table.list().into_iter().find(|entry| entry.id == *id) else {
+            return Ok(None);
+        };
+        let taken = table.write(&entry, sharing).await?;
+        let records = records.clone();
+        Ok(taken.map(|(writer, mounts)| Self { records, writer, mounts, fresh: false }))
+    }
+
     /// A new state for `request` to fill; `None` if there is one of that key.
     pub(crate) async fn fill(
         records: &Arc<Records>,

@@ -1,5 +1,5 @@
 //! Run leases: what keeps active snapshots and views of one run of the daemon, and is deleted by
-//! the next.
+//! the next, which takes over first what is in use still (`inherited`).
 
 use crate::{
     id::fresh_id,
@@ -97,6 +97,11 @@ impl RunLeases {
             .context(|| "make a lease for file systems in use")?;
         *current = Some((lease.clone(), now));
         Ok(lease)
+    }
+
+    /// The lease for new active snapshots and views, if there is one.
+    pub async fn current(&self) -> Option<LeaseId> {
+        self.current.lock().await.as_ref().map(|(lease, _)| (**lease).clone())
     }
 
     /// Deletes the lease if no handle holds it and it keeps nothing; with `anyway` also if it keeps

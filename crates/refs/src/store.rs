@@ -7,13 +7,14 @@ use crate::{
     frozen::Frozen,
     id::RefId,
     immutable::ImmutableRef,
+    inherited::Inherited,
     layer::{LayerOrigins, LazyLayer, NoOrigins},
     layered::{LayeredRef, SCRATCH},
     load::Load,
     merge,
     mutable::MutableRef,
     named::{Filling, NamedRef, NamedRequest},
-    named_table::NamedTable,
+    named_table::{NamedTable, Sharing},
     prune::{PruneOptions, Pruned},
     record::RecordType,
     records::Records,
@@ -22,7 +23,7 @@ use crate::{
 use shipway_fault::{Context as _, Result};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
-use shipway_storage::Storage;
+use shipway_storage::{SnapshotKey, Storage};
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
 
 /// All states of one namespace. Clones share it.
@@ -51,13 +52,24 @@ impl RefStore {
         root: PathBuf,
         origins: &dyn LayerOrigins,
     ) -> Result<Self> {
-        Self::opened(storage, root, &boot_id()?, origins).await
+        Ok(Self::opened(storage, root, &boot_id()?, origins, &[]).await?.0)
+    }
+
+    /// [`RefStore::open_with`] where processes that an earlier run left go on to use snapshots:
+    /// those of each process in `left` are taken over, if all of them are there still.
+    pub async fn open_inheriting(
+        storage: Storage,
+        root: PathBuf,
+        origins: &dyn LayerOrigins,
+        left: &[Vec<SnapshotKey>],
+    ) -> Result<(Self, Vec<Option<Inherited>>)> {
+        Self::opened(storage, root, &boot_id()?, origins, left).await
     }
 
     /// [`RefStore::open`] in the boot of the machine that is called `boot`: of an earlier one only
     /// what is on the disk is left.
     pub async fn open_in_boot(storage: Storage, root: PathBuf, boot: &str) -> Result<Self> {
-        Self::opened(storage, root, boot, &NoOrigins).await
+        Ok(Self::opened(storage, root, boot, &NoOrigins, &[]).await?.0)
     }
 
     async fn opened(
@@ -65,13 +77,19 @@ impl RefStore {
         root: PathBuf,
         boot: &str,
         origins: &dyn LayerOrigins,
-    ) -> Result<Self> {
+        left: &[Vec<SnapshotKey>],
+    ) -> Result<(Self, Vec<Option<Inherited>>)> {
         let backend = Backend::open(storage, &root, boot).await?;
+        // Before the leases end that kept them.
+        let inherited = Inherited::take(&backend, left)
+            .await
+            .context(|| "take over the file systems of running steps")?;
         let records = Records::new(backend.clone());
         let named = NamedTable::new(backend.clone());
         let load = Load { backend: &backend, records: &records, named: &named };
         load.run(origins).await.context(|| "read the build cache's leases in containerd")?;
-        Ok(Self(Arc::new(Inner { backend, records, named, pruning: Default::default() })))
+        let store = Self(Arc::new(Inner { backend, records, named, pruning: Default::default() }));
+        Ok((store, inherited))
     }
 
     /// The storage beneath.
@@ -104,6 +122,26 @@ impl RefStore {
         progress: Option<&Reporter>,
     ) -> Result<MutableRef> {
         MutableRef::make(&self.0.records, parent, description.into(), record_type, progress).await
+    }
+
+    /// The state `key` among `inherited`, which an earlier run of the daemon was writing on top of
+    /// `parent`.
+    pub async fn resume(
+        &self,
+        inherited: &mut Inherited,
+        key: &SnapshotKey,
+        parent: Option<&ImmutableRef>,
+        description: impl Into<String>,
+        record_type: RecordType,
+    ) -> Result<MutableRef> {
+        let records = &self.0.records;
+        MutableRef::resume(records, inherited, key, parent, description.into(), record_type).await
+    }
+
+    /// The named state with this id, for one who had it in an earlier run of the daemon; `None` if
+    /// it is gone or others hold it.
+    pub async fn named_again(&self, id: &RefId, sharing: Sharing) -> Result<Option<NamedRef>> {
+        NamedRef::again(&self.0.records, &self.0.named, id, sharing).await
     }
 
     /// The named state, as it was left, or a new one.
