@@ -17,20 +17,20 @@ use std::{
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What steps ask, one request after another, and wait for the answer of.
-struct Gate(TcpListener);
+pub(crate) struct Gate(TcpListener);
 
 impl Gate {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(TcpListener::bind(("127.0.0.1", 0)).unwrap())
     }
 
-    fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.0.local_addr().unwrap())
     }
 
     /// Waits for a step that asks for `path`.
     #[track_caller]
-    fn await_step(&self, path: &str) -> TcpStream {
+    pub(crate) fn await_step(&self, path: &str) -> TcpStream {
         let (stream, _) = self.0.accept().unwrap();
         let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
         let asked = lines.next().unwrap_or_default();
@@ -38,19 +38,34 @@ impl Gate {
         assert_eq!(asked.split(' ').nth(1), Some(path), "{asked}");
         stream
     }
+
+    /// No step asks for anything.
+    #[track_caller]
+    pub(crate) fn is_quiet(&self) {
+        self.0.set_nonblocking(true).unwrap();
+        let asked = self.0.accept();
+        self.0.set_nonblocking(false).unwrap();
+        assert_eq!(asked.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
 }
 
 /// Lets a step go on.
-fn open(mut step: TcpStream) {
-    step.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nyes")
-        .unwrap();
+pub(crate) fn open(step: TcpStream) {
+    answer(step, "yes");
+}
+
+/// Gives a step `text` and lets it go on.
+pub(crate) fn answer(mut step: TcpStream, text: &str) {
+    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", text.len());
+    write!(step, "{head}Connection: close\r\n\r\n{text}").unwrap();
 }
 
 /// A lab whose steps are on the host's network, and whose daemon waits long for builds.
 fn lab() -> Lab {
     let mut lab = Lab::on(any());
     lab.configure_worker("networkMode = \"host\"\n");
-    lab.configure_daemon("[system]\n  drainTimeout = \"1h\"\n");
+    // Steps end with the daemon here; `outlive` is about those that do not.
+    lab.configure_daemon("[system]\n  drainTimeout = \"1h\"\n  adoptTimeout = \"0s\"\n");
     lab.start_registry();
     shipway_testkit::BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
     lab.start_daemon();

@@ -50,6 +50,7 @@ mod network;
 mod nodes;
 mod object_caches;
 mod observing;
+mod outlive;
 mod packages;
 mod peers;
 mod plain_lazy;

@@ -15,7 +15,7 @@ fn link() -> String {
 }
 
 /// Deletes the bridge at the end, however the test ends.
-struct Bridge;
+pub(crate) struct Bridge;
 
 impl Drop for Bridge {
     fn drop(&mut self) {
@@ -51,7 +51,7 @@ fn lab_with_a_bridge() -> (Lab, PathBuf, PathBuf) {
 }
 
 /// A lab whose steps are on a bridge of their own; with it the directory of the addresses in use.
-fn lab_on_a_bridge() -> (Lab, PathBuf) {
+pub(crate) fn lab_on_a_bridge() -> (Lab, PathBuf) {
     let (mut lab, config, addresses) = lab_with_a_bridge();
     let (config, bin) = (config.display(), plug_ins());
     lab.configure_worker(&format!("networkMode = \"cni\"\ncniConfigPath = \"{config}\"\ncniBinaryPath = \"{bin}\"\ncniPoolSize = 2\n"));
@@ -147,7 +147,7 @@ fn steps_resolve_names_as_the_host_does_at_the_moment() {
     assert!(failed.all().contains("dns.resolvConf"), "{}", failed.all());
 }
 
-fn in_use(addresses: &Path) -> usize {
+pub(crate) fn in_use(addresses: &Path) -> usize {
     let names = std::fs::read_dir(addresses.join("swt"))
         .into_iter()
         .flatten()

@@ -21,6 +21,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
 
 /// What processes get that ask for the default.
@@ -176,6 +177,8 @@ pub(crate) struct Network {
     named: BTreeMap<NetworkName, CniPool>,
     /// Where namespaces are mounted.
     dir: PathBuf,
+    /// In the names of this run's namespaces: an earlier one's may be in use still.
+    life: u64,
     made: AtomicU64,
     /// Whether the bridge was not there before us, so that it goes with us.
     own_bridge: bool,
@@ -191,6 +194,11 @@ pub(crate) struct NetnsGuard {
 impl NetnsGuard {
     pub(crate) fn path(&self) -> &Path {
         self.netns.path()
+    }
+
+    /// The name by which a later run finds it.
+    pub(crate) fn name(&self) -> &str {
+        self.netns.name()
     }
 
     /// What a process in it has to know.
@@ -233,7 +241,9 @@ impl Network {
         });
         let named = named.collect::<Result<_>>()?;
         let own_bridge = is_bridge && !config.bridge.exists()?;
-        Ok(Self { config, default, named, dir, made: AtomicU64::new(0), own_bridge })
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let life = u64::try_from(now.as_micros()).unwrap_or_default();
+        Ok(Self { config, default, named, dir, life, made: AtomicU64::new(0), own_bridge })
     }
 
     /// Whether `process` is in the host's namespace.
@@ -274,7 +284,7 @@ impl Network {
     }
 
     fn name(&self, prefix: &str) -> String {
-        format!("{prefix}{}-{}", std::process::id(), self.made.fetch_add(1, Ordering::Relaxed))
+        format!("{prefix}{:x}-{}", self.life, self.made.fetch_add(1, Ordering::Relaxed))
     }
 
     /// A namespace for a process in `mode`; `None` where the runtime does what is needed.
@@ -402,12 +412,19 @@ impl Network {
         }
     }
 
-    /// Removes what an earlier run left.
-    pub(crate) async fn sweep(&self) -> Result<()> {
+    /// Removes what an earlier run left, but for what is `spared`, by name.
+    pub(crate) async fn sweep(&self, spared: impl Fn(&str) -> bool) -> Result<()> {
         for netns in NetNs::left_in(&self.dir)? {
-            self.discard(netns).await;
+            if !spared(netns.name()) {
+                self.discard(netns).await;
+            }
         }
         Ok(())
+    }
+
+    /// The namespace called `name`, which an earlier run made for a process that goes on.
+    pub(crate) fn left(&self, name: &str) -> NetnsGuard {
+        NetnsGuard { netns: NetNs::known(&self.dir, name), proxy: None }
     }
 }
 

@@ -5,16 +5,18 @@
 //! on the host. A process has a supervisor of its own (`run`) that outlives the caller's future: it
 //! kills on loss of interest and cleans up in the background. Shims are kept warm and shared one
 //! after another (`shims`). What a killed daemon leaves is found by label and by name, and removed
-//! by [`Executor::sweep`].
+//! by [`Executor::sweep`], unless it is a process that can be gone on with (`left`).
 
 mod api;
 mod cgroup;
 mod exec;
+mod left;
 mod orphans;
 mod prepare;
 mod run;
 mod sandboxes;
 mod shims;
+mod spool;
 mod stdio;
 mod sweep;
 
@@ -27,7 +29,8 @@ use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
 use shims::Shims;
 use shipway_executor::{
-    CaBundle, ExecMount, Executor, ExitStatus, ProcessIo, ProcessSpec, RootFs, etc::Dns, spec::Host,
+    CaBundle, ExecMount, Executor, ExitStatus, LeftProcess, OutputTarget, ProcessIo, ProcessSpec,
+    RootFs, etc::Dns, spec::Host,
 };
 use shipway_fault::{Fault, Result};
 use shipway_rootfs::Attached;
@@ -35,7 +38,10 @@ use shipway_task::spawn;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::{RwLock, oneshot};
@@ -144,6 +150,12 @@ pub(crate) struct Inner {
     secrets: Mutex<Weak<Attached>>,
     /// Containers that others may join, by id.
     running: Mutex<HashMap<String, Arc<exec::Running>>>,
+    /// Processes of an earlier run that were neither resumed nor abandoned, by id.
+    held: Mutex<HashMap<String, left::Held>>,
+    /// What belongs to them, and to those that this run leaves.
+    spared: Mutex<left::Spared>,
+    /// Whether processes that may be resumed are left instead of killed.
+    leaving: AtomicBool,
 }
 
 impl Inner {
@@ -154,6 +166,10 @@ impl Inner {
 
     fn running(&self) -> MutexGuard<'_, HashMap<String, Arc<exec::Running>>> {
         self.running.lock()
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
     }
 }
 
@@ -194,6 +210,9 @@ impl TaskExecutor {
             cleaning: tracker(),
             secrets: Mutex::default(),
             running: Mutex::default(),
+            held: Mutex::default(),
+            spared: Mutex::default(),
+            leaving: AtomicBool::new(false),
             config,
         })))
     }
@@ -263,11 +282,41 @@ impl Executor for TaskExecutor {
     async fn drained(&self) {
         self.0.busy.wait().await;
         self.retire_idle().await;
-        self.0.network.close().await;
+        // What is left may be on the bridge.
+        if self.0.spared.lock().is_empty() {
+            self.0.network.close().await;
+        }
     }
 
-    async fn sweep(&self) -> Result<()> {
+    async fn sweep(&self) -> Result<Vec<LeftProcess>> {
         sweep::sweep(&self.0).await
+    }
+
+    async fn resume(&self, process: ProcessSpec, output: OutputTarget) -> Result<ExitStatus> {
+        let held = self.0.held.lock().remove(&process.id);
+        let held =
+            held.ok_or_else(|| Fault::not_found(format!("no process {} was left", process.id)))?;
+        let (answer, result) = oneshot::channel();
+        let guard = self.0.busy.token();
+        let inner = self.0.clone();
+        spawn("go on with a process", async move {
+            let _open = inner.gate.clone().read_owned().await;
+            left::supervise(inner, process, output, held, answer).await;
+            drop(guard);
+        });
+        result.await.unwrap_or_else(|_| {
+            Err(Fault::internal("the supervisor of a process ended without an answer"))
+        })
+    }
+
+    async fn abandon(&self, id: &str) {
+        let _busy = self.0.busy.token();
+        let _open = self.0.gate.clone().read_owned().await;
+        left::abandon(&self.0, id).await;
+    }
+
+    fn leave(&self) {
+        self.0.leaving.store(true, Ordering::Release);
     }
 }
 

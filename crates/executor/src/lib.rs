@@ -21,8 +21,9 @@ pub mod spec;
 pub use edits::{DeviceNode, Edits, Hook, HookPoint};
 pub use io::{Control, Output, OutputSink, OutputTarget, ProcessIo, Stream};
 pub use process::{
-    CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, KeepAlive, MountSource, NetworkMode,
-    OpenedFiles, ProcessSpec, ResourceLimits, Rlimit, RootFs, Secret, Security, User,
+    CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, KeepAlive, LeftProcess, MountSource,
+    NetworkMode, OpenedFiles, ProcessSpec, ResourceLimits, Resumable, Rlimit, RootFs, Secret,
+    Security, User,
 };
 pub use proxy::{Egress, Proxied, StepProxy, environment as proxy_environment, set_variables};
 pub use trust::{CaBundle, MAX_CA_BUNDLE};

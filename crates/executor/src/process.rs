@@ -1,13 +1,13 @@
 //! What a process is and how one runs it.
 
-use crate::{Edits, ProcessIo, Proxied};
+use crate::{Edits, OutputTarget, ProcessIo, Proxied};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use shipway_fault::Result;
-use shipway_oci::NetworkName;
+use shipway_oci::{Digest, NetworkName};
 use shipway_storage::{Mount, SnapshotKey};
-use std::{any::Any, path::PathBuf, sync::Arc};
+use std::{any::Any, path::PathBuf, sync::Arc, time::SystemTime};
 
 /// The root filesystem of a process: mounts that the shim itself performs, and the snapshot they
 /// belong to.
@@ -184,6 +184,32 @@ pub struct ProcessSpec {
     /// What must live until nothing is left of the process, also when its future is dropped before
     /// that: its snapshots.
     pub keep_alive: KeepAlive,
+    /// By what a later run of the daemon finds the process if this one ends before it; `None` for
+    /// one that is of no use then.
+    pub resumable: Option<Resumable>,
+}
+
+/// What is stored of a process that may go on without the daemon that started it. Nothing in it is
+/// secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resumable {
+    /// Equal for processes that do the same with the same files, and for no others.
+    pub key: Digest,
+    /// What the caller needs to go on with it.
+    pub note: String,
+}
+
+/// A process of an earlier run of the daemon that goes on, or has ended since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftProcess {
+    /// Id of its container, for [`Executor::resume`] and [`Executor::abandon`].
+    pub id: String,
+    /// What was stored of it.
+    pub stored: Resumable,
+    /// When it was started.
+    pub started: SystemTime,
+    /// Whether it ended while no daemon ran: then nobody read the end of its output.
+    pub ended_unseen: bool,
 }
 
 /// Files that were opened in a root filesystem, in the order in which they first were: absolute
@@ -255,6 +281,20 @@ pub trait Executor: Send + Sync {
     /// for others.
     async fn drained(&self);
 
-    /// Removes containers, tasks and mounts that an earlier run of this daemon left behind.
-    async fn sweep(&self) -> Result<()>;
+    /// Removes containers, tasks and mounts that an earlier run of this daemon left behind, but for
+    /// processes that may be resumed. Those go on, with all that they have; each is to be resumed
+    /// or abandoned.
+    async fn sweep(&self) -> Result<Vec<LeftProcess>>;
+
+    /// Goes on with a process that [`Executor::sweep`] returned, as if it had been run with
+    /// `process`, whose id is the one that was returned: its output comes from the beginning, and
+    /// dropping the future kills it.
+    async fn resume(&self, process: ProcessSpec, output: OutputTarget) -> Result<ExitStatus>;
+
+    /// Kills a process that [`Executor::sweep`] returned, and waits until nothing is left of it.
+    async fn abandon(&self, id: &str);
+
+    /// The daemon ends: from now on processes that may be resumed are left as they are when their
+    /// futures are dropped.
+    fn leave(&self);
 }

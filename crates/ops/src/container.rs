@@ -77,7 +77,7 @@ impl Container {
         let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
         let mounting = MountContext { sessions: &job.sessions, reporter, jobs: &[] };
         let MountPlan { root, mounts, snapshots, guards } =
-            exec::mounts::plan(&services, &exec, &spec.inputs, mounting).await?;
+            exec::mounts::plan(&services, &exec, &spec.inputs, mounting, None).await?;
         let end = CancellationToken::new();
         Ok(Self {
             services,

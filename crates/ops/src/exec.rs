@@ -6,6 +6,7 @@ mod logs;
 pub(crate) mod mounts;
 mod outcome;
 pub(crate) mod proxied;
+mod resume;
 mod tracing;
 
 use crate::{
@@ -20,18 +21,22 @@ pub use logs::LogLimits;
 use logs::StepLog;
 use mounts::{MountContext, MountGuards, MountPlan, OutputState};
 use parking_lot::Mutex;
+use resume::{HeldStates, HeldStep};
+pub use resume::{HeldSteps, LeftSteps};
 use shipway_executor::{
-    Edits, HostEntry, KeepAlive, NetworkMode, OpenedFiles, OutputSink, ProcessIo, ProcessSpec,
-    ResourceLimits, Rlimit, Security, Stream,
+    Edits, ExitStatus, HostEntry, KeepAlive, NetworkMode, OpenedFiles, OutputTarget, ProcessIo,
+    ProcessSpec, ResourceLimits, Resumable, Rlimit, Security, Stream,
 };
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::quote;
 use shipway_host::is_out_of_space;
 use shipway_llb::{ExecOp, Mount, MountKind, NetMode, ProxyEnv, SecurityMode};
 use shipway_netproxy::Capture;
+use shipway_oci::Digest;
 use shipway_refs::{ImmutableRef, ReadOrder};
 use shipway_session::SessionGroup;
 use shipway_solver::CacheMap;
+use shipway_storage::Mount as SnapshotMount;
 use std::{
     sync::{
         Arc,
@@ -70,16 +75,6 @@ impl VertexOp for ExecVertex {
     ) -> Result<Vec<ImmutableRef>> {
         let (exec, jobs) = (&self.exec, (cx.jobs)());
         let sessions = LlbOp::sessions(cx)?;
-        let mounting = MountContext { sessions: &sessions, reporter: &cx.reporter, jobs: &jobs };
-        let MountPlan { root, mut mounts, guards, .. } =
-            mounts::plan(&of.services, exec, &inputs, mounting).await?;
-        let writable = root.mounts.clone();
-        let mut env = environment(exec, &sessions).await?;
-        mounts.extend(tracing::add(of.services.trace_socket.as_deref(), &mut env));
-        let edits = of.services.edits(exec).await?;
-        // Held by the process too: were this future dropped, the snapshots would go before the
-        // process is dead.
-        let guards = Arc::new(Mutex::new(Some(guards)));
         let resources = jobs
             .iter()
             .filter_map(|j| j.step_options.limits(of.vertex.digest))
@@ -89,46 +84,25 @@ impl VertexOp for ExecVertex {
             .as_ref()
             .map(limits::of)
             .unwrap_or_default();
-        let fetched = exec.proxied.then(Capture::default);
-        let proxy = match &fetched {
-            Some(fetched) => Some(of.services.proxy(cx.jobs.clone(), fetched.clone()).await?),
-            None => None,
+        let edits = of.services.edits(exec).await?;
+        let services = &of.services;
+        // What a process reads is watched by this daemon only.
+        let watched = jobs.iter().any(|j| j.export_plan.notes_opened(of.vertex.digest));
+        let key = match services.held.outlive() && !watched {
+            true => {
+                let options: Vec<_> = jobs.iter().map(|j| j.step_options.clone()).collect();
+                resume::key(exec, &of.vertex, &inputs, &options, (&resources, &edits))
+            }
+            false => None,
         };
-        let process =
-            process(&of.services, exec, env, jobs.first().map_or("", |j| &j.id), guards.clone());
-        let notes = jobs.iter().any(|j| j.export_plan.notes_opened(of.vertex.digest));
-        let opened = notes.then(OpenedFiles::default);
-        let mut process =
-            ProcessSpec { resources, edits, proxy, opened: opened.clone(), ..process };
-        of.services.emulators.apply(&of.vertex.platform, &mut process.args, &mut mounts);
-        let log = Arc::new(StepLog::new(cx.reporter.clone(), of.services.log_limits));
-        let sink: OutputSink = {
-            let log = log.clone();
-            Arc::new(move |output| log.write(output.stream, &output.bytes))
-        };
-        let name = exec.meta.args.join(" ");
-        let running = of.services.executor.run(process, root, mounts, ProcessIo::output(sink));
-        let status = tokio::select! {
-            status = running => status,
-            never = log.pump() => match never {},
-        };
-        if let Some(summary) = fetched.as_ref().and_then(proxied::summary) {
-            log.write(Stream::Stderr, &summary.into());
-        }
-        log.settle();
-        *self.fetched.lock() = fetched;
-        let guards = guards.lock().take();
-        let guards = guards.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
-        if let Err(fault) =
-            outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await
+        let step = Step { of, exec, inputs, cx, jobs, sessions, resources, edits, watched, key };
+        if let Some(held) = key.and_then(|key| services.held.take(key))
+            && let Some(states) = step.resume(held).await?
         {
-            log.flush();
-            return Err(failed(of, exec, &jobs, &inputs, guards, fault));
+            return Ok(states);
         }
-        let states = commit(of, guards, &name, cx).await?;
-        if let Some(opened) = opened.map(|opened| ReadOrder::from(opened.take())) {
-            states.iter().for_each(|state| state.note_opened(opened.clone()));
-        }
+        let (states, fetched) = step.run().await?;
+        *self.fetched.lock() = fetched;
         Ok(states)
     }
 
@@ -156,6 +130,166 @@ impl VertexOp for ExecVertex {
         let mount = self.exec.mounts.iter().find(is_output);
         let inputs = mount.and_then(|m| m.input).into_iter().collect();
         BaseLayers { inputs, adds_layer: true }
+    }
+}
+
+/// One run of an operation.
+struct Step<'a> {
+    of: &'a LlbOp,
+    exec: &'a ExecOp,
+    inputs: Vec<ImmutableRef>,
+    cx: &'a Context,
+    jobs: Vec<JobData>,
+    sessions: SessionGroup,
+    resources: ResourceLimits,
+    edits: Edits,
+    /// Whether a build wants to know which files it opens.
+    watched: bool,
+    /// By what a later run of the daemon knows it.
+    key: Option<Digest>,
+}
+
+impl Step<'_> {
+    fn name(&self) -> String {
+        self.exec.meta.args.join(" ")
+    }
+
+    /// The process, which keeps `guards`.
+    fn process(&self, env: Vec<String>, guards: Arc<Mutex<Option<MountGuards>>>) -> ProcessSpec {
+        let job = self.jobs.first().map_or("", |j| &j.id);
+        let (resources, edits) = (self.resources.clone(), self.edits.clone());
+        let process = process(&self.of.services, self.exec, env, job, guards);
+        ProcessSpec { resources, edits, ..process }
+    }
+
+    /// Starts the process and serves it to its end. Returns what it made, and what it fetched by
+    /// the proxy network.
+    async fn run(self) -> Result<(Vec<ImmutableRef>, Option<Capture>)> {
+        let Self { of, exec, inputs, cx, jobs, sessions, .. } = &self;
+        let mounting = MountContext { sessions, reporter: &cx.reporter, jobs };
+        let MountPlan { root, mut mounts, guards, .. } =
+            mounts::plan(&of.services, exec, inputs, mounting, None).await?;
+        let writable = root.mounts.clone();
+        let mut env = environment(exec, sessions).await?;
+        mounts.extend(tracing::add(of.services.trace_socket.as_deref(), &mut env));
+        let note = self.key.and_then(|_| guards.note(inputs)?.text());
+        let resumable = self.key.zip(note).map(|(key, note)| Resumable { key, note });
+        // Held by the process too: were this future dropped, the snapshots would go before the
+        // process is dead.
+        let guards = Arc::new(Mutex::new(Some(guards)));
+        let fetched = exec.proxied.then(Capture::default);
+        let proxy = match &fetched {
+            Some(fetched) => Some(of.services.proxy(cx.jobs.clone(), fetched.clone()).await?),
+            None => None,
+        };
+        let opened = self.watched.then(OpenedFiles::default);
+        let process = self.process(env, guards.clone());
+        let mut process = ProcessSpec { proxy, opened: opened.clone(), resumable, ..process };
+        of.services.emulators.apply(&of.vertex.platform, &mut process.args, &mut mounts);
+        let log = Arc::new(StepLog::new(cx.reporter.clone(), of.services.log_limits));
+        let io = ProcessIo::output(log.clone().sink());
+        let status = log.pumped(of.services.executor.run(process, root, mounts, io)).await;
+        if let Some(summary) = fetched.as_ref().and_then(proxied::summary) {
+            log.write(Stream::Stderr, &summary.into());
+        }
+        log.settle();
+        let judged = self.judge(status, &log, &writable).await;
+        let states = self.end(judged, guards, &log).await?;
+        if let Some(opened) = opened.map(|opened| ReadOrder::from(opened.take())) {
+            states.iter().for_each(|state| state.note_opened(opened.clone()));
+        }
+        Ok((states, fetched))
+    }
+
+    /// Goes on with a process that an earlier run of the daemon started. `None` if that leads
+    /// nowhere: then nothing is left of it, and it is to be run.
+    async fn resume(&self, held: HeldStep) -> Result<Option<Vec<ImmutableRef>>> {
+        let HeldStep { process: left, states } = held;
+        let services = &self.of.services;
+        let plan = match self.take_over(&left.id, states).await {
+            Ok(plan) => plan,
+            Err(e) => {
+                ::tracing::info!(container = left.id, "a step cannot be gone on with: {e}");
+                services.executor.abandon(&left.id).await;
+                return Ok(None);
+            }
+        };
+        ::tracing::info!(container = left.id, vertex = %self.of.vertex.digest, "a step goes on");
+        let writable = plan.root.mounts.clone();
+        let guards = Arc::new(Mutex::new(Some(plan.guards)));
+        let process =
+            ProcessSpec { id: left.id, ..self.process(self.exec.meta.env.clone(), guards.clone()) };
+        let (reporter, limits) = (self.cx.reporter.clone(), services.log_limits);
+        let log = Arc::new(StepLog::begun(reporter, limits, left.started));
+        let output = OutputTarget::Sink(log.clone().sink());
+        let status = log.pumped(services.executor.resume(process, output)).await;
+        let ended = status.is_ok();
+        let judged = self.judge(status, &log, &writable).await;
+        let notice = match &judged {
+            Err(e) if e.is_cancelled() => None,
+            // containerd has lost it, or nobody saw why it failed.
+            Err(e) if !ended || left.ended_unseen => {
+                Some(format!("[{e} while the daemon was away: the step is run again]\n"))
+            }
+            Ok(()) if left.ended_unseen => Some(
+                "[the daemon was away when the step ended: the end of its output may be missing]\n"
+                    .to_owned(),
+            ),
+            _ => None,
+        };
+        if let Some(notice) = &notice {
+            log.write(Stream::Stderr, &notice.clone().into());
+        }
+        log.settle();
+        if judged.is_err() && notice.is_some() {
+            return Ok(None);
+        }
+        self.end(judged, guards, &log).await.map(Some)
+    }
+
+    /// The mounts of the process `id`, made of the states that it has. If nobody waits for them any
+    /// more, the process is ended before they go.
+    async fn take_over(&self, id: &str, states: HeldStates) -> Result<MountPlan> {
+        let (services, exec, inputs) =
+            (self.of.services.clone(), self.exec.clone(), self.inputs.clone());
+        let (sessions, reporter, jobs) =
+            (self.sessions.clone(), self.cx.reporter.clone(), self.jobs.clone());
+        let (id, (sender, plan)) = (id.to_owned(), tokio::sync::oneshot::channel());
+        shipway_task::spawn("take over a step", async move {
+            let mounting = MountContext { sessions: &sessions, reporter: &reporter, jobs: &jobs };
+            let plan = mounts::plan(&services, &exec, &inputs, mounting, Some(states)).await;
+            if let Err(unwanted) = sender.send(plan) {
+                services.executor.abandon(&id).await;
+                drop(unwanted);
+            }
+        });
+        plan.await.unwrap_or_else(|_| Err(Fault::internal("a step was not taken over")))
+    }
+
+    async fn judge(
+        &self,
+        status: Result<ExitStatus>,
+        log: &StepLog,
+        writable: &[SnapshotMount],
+    ) -> Result<()> {
+        let valid = &self.exec.meta.valid_exit_codes;
+        outcome::judge(&self.name(), valid, status, log, writable).await
+    }
+
+    /// What the process made, once it was judged.
+    async fn end(
+        &self,
+        judged: Result<()>,
+        guards: Arc<Mutex<Option<MountGuards>>>,
+        log: &StepLog,
+    ) -> Result<Vec<ImmutableRef>> {
+        let guards = guards.lock().take();
+        let guards = guards.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
+        if let Err(fault) = judged {
+            log.flush();
+            return Err(failed(self.of, self.exec, &self.jobs, &self.inputs, guards, fault));
+        }
+        commit(self.of, guards, &self.name(), self.cx).await
     }
 }
 
@@ -268,6 +402,7 @@ pub(crate) fn process(
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
         keep_alive: KeepAlive(Some(guards)),
+        resumable: None,
     }
 }
 

@@ -1,7 +1,8 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
 use crate::{
-    CacheMounts, DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions,
+    CacheMounts, DeviceGrants, Emulators, ExportPlan, FailedStates, HeldSteps, LogLimits, Nested,
+    StepOptions,
 };
 use futures::future::BoxFuture;
 use shipway_buildcache::Quota;
@@ -150,6 +151,8 @@ pub struct Services {
     pub sources: Sources,
     /// Processes.
     pub executor: Arc<dyn Executor>,
+    /// Steps of an earlier run of the daemon that wait for a build.
+    pub held: HeldSteps,
     /// Where sockets are made that steps get.
     pub sockets: PathBuf,
     /// Parent cgroup for steps that name none.

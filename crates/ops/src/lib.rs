@@ -33,7 +33,7 @@ pub use cache_mounts::{CacheMounts, MountDir, MountName, MountSource, OpenPlace,
 pub use container::{Container, ContainerSpec};
 pub use devices::DeviceGrants;
 pub use emulator::Emulators;
-pub use exec::LogLimits;
+pub use exec::{HeldSteps, LeftSteps, LogLimits};
 pub use export_plan::ExportPlan;
 pub use failed_state::FailedStates;
 pub use job::{BuildJudge, Entitlements, JobData, Judge, NetworkGrants, Services};

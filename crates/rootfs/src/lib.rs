@@ -15,6 +15,7 @@
 mod attached;
 pub mod identity;
 mod mountinfo;
+mod noted;
 mod open;
 mod opened;
 mod stubs;

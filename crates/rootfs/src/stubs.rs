@@ -4,14 +4,20 @@
 //! [`Stubs::before`] notes which mount points do not exist; after the process [`Stubs::remove`]
 //! takes those that are empty out of the snapshot's writable directory, gives their parents the
 //! times they had, and undoes parents that were copied up for nothing. A step that changes nothing
-//! then leaves an empty layer.
+//! then leaves an empty layer. What was noted can be stored (serde), for a process that outlives
+//! who started it.
 
-use crate::{RootView, open_beneath};
+use crate::{
+    RootView,
+    noted::{Noted, marks, nanos, timestamps},
+    open_beneath,
+};
 use rustix::{
     fd::OwnedFd,
-    fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps},
+    fs::{AtFlags, FileType, Mode, OFlags},
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 use shipway_storage::{
     Mount,
     overlay::{Marks, is_whiteout},
@@ -28,10 +34,11 @@ const ALWAYS: [&str; 5] = ["/etc/resolv.conf", "/etc/hosts", "/proc", "/sys", "/
 const TICK_NANOS: i128 = 4_000_000;
 
 /// The mount points of one process that did not exist before it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Stubs {
     upper: PathBuf,
     /// The marks of the overlay, if it is one.
+    #[serde(with = "marks")]
     marks: Option<Marks>,
     /// Missing paths, deepest first; and whether the upper directory hides something there.
     missing: Vec<(String, bool)>,
@@ -41,9 +48,9 @@ pub struct Stubs {
     noted: i128,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Parent {
-    stat: Stat,
+    stat: Noted,
     in_upper: bool,
 }
 
@@ -90,7 +97,10 @@ impl Stubs {
                 path = parent_of(&path).to_owned();
                 if let Ok(stat) = root.lstat(&path) {
                     let in_upper = upper_view.lstat(&path).is_ok();
-                    stubs.parents.entry(path.clone()).or_insert(Parent { stat, in_upper });
+                    stubs
+                        .parents
+                        .entry(path.clone())
+                        .or_insert(Parent { stat: Noted::of(&stat), in_upper });
                 }
                 if !recursive {
                     break;
@@ -137,10 +147,10 @@ impl Stubs {
         let made_now = (nanos(&dir_stat) - nanos(&stub)).abs() <= TICK_NANOS
             && nanos(&dir_stat) >= self.noted - TICK_NANOS;
         let times = match self.parents.get(above) {
-            Some(parent) if made_now => &parent.stat,
-            _ => &dir_stat,
+            Some(parent) if made_now => parent.stat,
+            _ => Noted::of(&dir_stat),
         };
-        let _ = rustix::fs::futimens(&dir, &timestamps(times));
+        let _ = rustix::fs::futimens(&dir, &times.timestamps());
     }
 }
 
@@ -151,10 +161,7 @@ fn undo_copy_up(upper: &RootView, path: &str, before: &Parent, marks: Marks) {
     while path != "/" {
         let Ok(dir) = open_plain(upper, &path, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
         let Ok(now) = rustix::fs::fstat(&dir) else { return };
-        let same = now.st_mode == before.stat.st_mode
-            && now.st_uid == before.stat.st_uid
-            && now.st_gid == before.stat.st_gid
-            && nanos(&now) == nanos(&before.stat);
+        let same = before.stat.is_same(&now);
         // Further up nothing is known of the state before, but nothing was made there either: an
         // overlay copies directories up as they are.
         if (first && !same) || marks.has_opaque(&dir) {
@@ -188,19 +195,6 @@ pub(crate) fn open_plain(root: &RootView, path: &str, flags: OFlags) -> Result<O
 fn now() -> i128 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i128::try_from(now.as_nanos()).unwrap_or_default()
-}
-
-#[allow(clippy::unnecessary_cast)]
-pub(crate) fn nanos(stat: &Stat) -> i128 {
-    i128::from(stat.st_mtime) * 1_000_000_000 + stat.st_mtime_nsec as i128
-}
-
-#[allow(clippy::unnecessary_cast)]
-pub(crate) fn timestamps(stat: &Stat) -> Timestamps {
-    Timestamps {
-        last_access: Timespec { tv_sec: stat.st_atime, tv_nsec: stat.st_atime_nsec as _ },
-        last_modification: Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ },
-    }
 }
 
 #[cfg(test)]
@@ -258,7 +252,9 @@ mod tests {
                     .expect("create"),
             );
         }
-        stubs.remove();
+        // As one does who did not note them.
+        let stored = serde_json::to_string(&stubs).expect("stubs are data");
+        serde_json::from_str::<Stubs>(&stored).expect("stubs").remove();
         drop(root);
         assert_eq!(names(&dir.path().join("up")), ["used"]);
         assert_eq!(names(&dir.path().join("up/used")), ["file"]);

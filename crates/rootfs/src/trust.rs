@@ -8,12 +8,14 @@
 
 use crate::{
     Access, RootView,
-    stubs::{nanos, open_plain, parent_of, timestamps, writable},
+    noted::{Noted, marks, timestamps},
+    stubs::{open_plain, parent_of, writable},
 };
 use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, Stat},
+    fs::{AtFlags, FileType, Mode, OFlags},
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
 use shipway_storage::{Mount, overlay::Marks};
 use std::{
@@ -39,20 +41,22 @@ pub const MAX_BUNDLE: u64 = 10 << 20;
 const BEGIN: &[u8] = b"\n# buildkit proxy CA begin\n";
 const END: &[u8] = b"# buildkit proxy CA end\n";
 
-/// What was added to one root filesystem.
-#[derive(Debug)]
+/// What was added to one root filesystem. It can be stored, for a process that outlives who started
+/// it.
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Trust {
     upper: PathBuf,
     /// The marks of the overlay whose upper directory that is, if it is.
+    #[serde(with = "marks")]
     marks: Option<Marks>,
     /// Where it was added, without links.
     path: String,
     block: Vec<u8>,
-    before: Stat,
+    before: Noted,
     /// Whether the writable directory had the file before.
     in_upper: bool,
     /// The directories above it that the writable directory did not have, deepest first.
-    copied: Vec<(String, Stat)>,
+    copied: Vec<(String, Noted)>,
 }
 
 impl Trust {
@@ -76,7 +80,8 @@ impl Trust {
         let mut copied = Vec::new();
         let mut above = parent_of(&path);
         while marks.is_some() && above != "/" && upper_view.lstat(above).is_err() {
-            copied.push((above.to_owned(), looked.lstat(above).map_err(|e| fail(e.into()))?));
+            let noted = Noted::of(&looked.lstat(above).map_err(|e| fail(e.into()))?);
+            copied.push((above.to_owned(), noted));
             above = parent_of(above);
         }
         let in_upper = marks.is_none() || upper_view.lstat(&path).is_ok();
@@ -109,6 +114,7 @@ impl Trust {
             return Err(fail(e));
         }
         rustix::fs::futimens(&file, &timestamps(&before)).map_err(|e| fail(e.into()))?;
+        let before = Noted::of(&before);
         Ok(Some(Self { upper, marks, path, block, before, in_upper, copied }))
     }
 
@@ -149,8 +155,8 @@ impl Trust {
         let Some(at) = bytes.windows(self.block.len()).position(|w| w == self.block) else {
             return Ok(());
         };
-        let untouched = same(&now, &self.before)
-            && now.st_size == self.before.st_size + self.block.len() as i64;
+        let untouched =
+            self.before.is_same(&now) && now.st_size == self.before.size + self.block.len() as i64;
         if untouched && !self.in_upper {
             return self.remove(&upper).map_err(|e| fail(e.into()));
         }
@@ -178,7 +184,7 @@ impl Trust {
                 break;
             };
             if self.marks.is_some_and(|marks| marks.has_opaque(&dir))
-                || !rustix::fs::fstat(&dir).is_ok_and(|now| same(&now, before))
+                || !rustix::fs::fstat(&dir).is_ok_and(|now| before.is_same(&now))
                 || remove(path, AtFlags::REMOVEDIR).is_err()
             {
                 break;
@@ -186,12 +192,6 @@ impl Trust {
         }
         Ok(())
     }
-}
-
-/// Whether it is unchanged since, by its times, owner and permissions.
-fn same(now: &Stat, before: &Stat) -> bool {
-    (now.st_mode, now.st_uid, now.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
-        && nanos(now) == nanos(before)
 }
 
 #[cfg(test)]
@@ -253,7 +253,9 @@ mod tests {
             "{shown}"
         );
         assert!(dir.path().join("up").join(&bundle).exists());
-        trust.restore().expect("restore");
+        // As one does who did not add it.
+        let stored = serde_json::to_string(&trust).expect("data");
+        serde_json::from_str::<Trust>(&stored).expect("trust").restore().expect("restore");
         assert_eq!(entries(&dir.path().join("up")), 0);
     }
 

@@ -355,6 +355,9 @@ pub struct System {
     /// How long running builds may take when the daemon is to end.
     #[serde(rename = "drainTimeout")]
     pub drain_timeout: Option<Span>,
+    /// How long running steps of an earlier run wait for their builds after a start.
+    #[serde(rename = "adoptTimeout")]
+    pub adopt_timeout: Option<Span>,
     /// How long the import of a cache may take.
     #[serde(rename = "cacheImportTimeout")]
     pub cache_import_timeout: Option<Span>,

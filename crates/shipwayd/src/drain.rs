@@ -49,8 +49,13 @@ impl Drain {
     }
 
     /// Admits no more builds, and waits for those that run: no longer than `limit`, and not beyond
-    /// `stop`.
-    pub async fn finish(&self, limit: Duration, stop: impl Future<Output = ()>) {
+    /// `stop`. Calls `leave` before those are cut off that have not ended.
+    pub async fn finish(
+        &self,
+        limit: Duration,
+        stop: impl Future<Output = ()>,
+        leave: impl FnOnce(),
+    ) {
         self.begun.cancel();
         self.builds.close();
         if !self.builds.is_empty() {
@@ -63,6 +68,7 @@ impl Drain {
             }
             () = stop => tracing::warn!("stopping at once"),
         }
+        leave();
         self.over.cancel();
     }
 }
@@ -85,7 +91,7 @@ mod tests {
         let build = drain.admit().unwrap();
         let ending = drain.clone();
         let waiting = shipway_task::spawn("drain", async move {
-            ending.finish(LONG, std::future::pending()).await;
+            ending.finish(LONG, std::future::pending(), || ()).await;
         });
         drain.begun().cancelled().await;
         let refused = drain.admit().unwrap_err();
@@ -108,7 +114,10 @@ mod tests {
                     std::future::pending::<()>().await;
                 }
             };
-            drain.finish(limit, stop).await;
+            let (mut left, over) = (false, drain.over.clone());
+            let leave = || left = !over.is_cancelled();
+            drain.finish(limit, stop, leave).await;
+            assert!(left, "before builds are cut off");
             assert!(drain.cut_off().await.to_string().contains("stopped the build"));
         }
         assert_eq!(began.elapsed().as_secs(), 7);
@@ -117,7 +126,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nothing_that_runs_is_nothing_to_wait_for() {
         let began = tokio::time::Instant::now();
-        Drain::default().finish(LONG, std::future::pending()).await;
+        let leave = || panic!("there is nothing to leave");
+        Drain::default().finish(LONG, std::future::pending(), leave).await;
         assert_eq!(began.elapsed(), Duration::ZERO);
     }
 }

@@ -22,7 +22,7 @@ use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_frontend::{Frontends, Worker};
 use shipway_history::{History, HistoryEncoders};
 use shipway_host::{Disk, random_id};
-use shipway_ops::{Emulators, Services};
+use shipway_ops::{Emulators, HeldSteps, LeftSteps, Services};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
 use shipway_remotecache::Backends;
@@ -48,6 +48,8 @@ pub struct Parts {
     pub debug: Option<DebugAddress>,
     /// How long running builds may take when the daemon is to end.
     pub drain_timeout: Duration,
+    /// How long steps of an earlier run wait for their builds.
+    pub adopt_timeout: Duration,
     /// Held as long as the process runs, so that no second daemon uses the same root.
     _locks: Vec<File>,
 }
@@ -77,6 +79,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         listening,
         debug,
         drain_timeout,
+        adopt_timeout,
         traces,
         containerd: address,
         namespace,
@@ -133,13 +136,25 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         bundle.read()?;
     }
     let executor = Arc::new(TaskExecutor::new(&containerd, &namespace, tasks)?);
-    executor.sweep().await.context(|| "remove what an earlier run left in containerd")?;
+    let left = executor.sweep().await;
+    let left = left.context(|| "remove what an earlier run left in containerd")?;
+    let left = LeftSteps::new(left);
     let network = if executor.has_cni() { "cni" } else { "host" };
     let registry = Registry::new(registry);
     // containerd's own snapshotters fetch nothing, so they get no credentials.
     let control = (!LOCAL_SNAPSHOTTERS.contains(&&*snapshotter)).then_some(snapshotter_control);
     let layers = LayerSources::new(registry.clone(), control);
-    let refs = RefStore::open_with(storage.clone(), root.join("refs"), &layers).await?;
+    let (place, snapshots) = (root.join("refs"), left.snapshots());
+    let (refs, inherited) =
+        RefStore::open_inheriting(storage.clone(), place, &layers, &snapshots).await?;
+    let held = left.hold(&refs, executor.clone(), inherited).await?;
+    let held = match adopt_timeout.is_zero() {
+        true => {
+            held.expire(adopt_timeout).await;
+            HeldSteps::default()
+        }
+        false => held,
+    };
     let sessions = SessionHub::new();
     let options =
         SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")), layers };
@@ -175,6 +190,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         refs,
         sources,
         executor,
+        held,
         sockets: sockets(&root)?,
         cgroup_parent,
         devices: (cdi.disabled != Some(true)).then(|| Arc::new(devices(&cdi))),
@@ -230,8 +246,17 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
     let worker = WorkerInfo { id, labels, platforms, gc: rules, disk };
     tracing::info!(containerd = %address, %namespace, %snapshotter, root = %root.display(), "ready");
     let worker = Arc::new(worker);
-    let parts =
-        Parts { engine, storage, worker, telemetry, traces, debug, drain_timeout, _locks: locks };
+    let parts = Parts {
+        engine,
+        storage,
+        worker,
+        telemetry,
+        traces,
+        debug,
+        drain_timeout,
+        adopt_timeout,
+        _locks: locks,
+    };
     Ok((parts, listening))
 }
 

@@ -11,6 +11,7 @@ use crate::{
     telemetry::{self, Receiver, Telemetry, collector},
 };
 use shipway_daemon::NotifyState;
+use shipway_engine::Engine;
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
 use shipway_grpc::{Address, HealthService, ListenOptions, Listener, TraceRequests};
@@ -69,6 +70,9 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
     let quota = engine.parts().services.quota.clone();
+    let held = engine.parts().services.held.clone();
+    let expire = async move { held.expire(parts.adopt_timeout).await };
+    let expiring = shipway_task::spawn("wait for builds of steps that were left", expire);
     let gc = shipway_task::spawn("gc", gc::run(quota, trigger.clone()));
     let remembered = shipway_task::spawn("history", forget(engine.parts().history.clone()));
     let drain = Drain::default();
@@ -147,7 +151,8 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         let extended = u32::try_from(whole).unwrap_or(u32::MAX);
         shipway_daemon::notify(NotifyState::ExtendTimeoutUsec(extended));
         // Builds go on asking meanwhile, on connections old and new.
-        drain.finish(limit, shipway_daemon::stop_requested()).await;
+        let leave = || leave_steps(&engine);
+        drain.finish(limit, shipway_daemon::stop_requested(), leave).await;
     }
     let _ = stop.send(true);
     let all = async { while servers.join_next().await.is_some() {} };
@@ -156,10 +161,13 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         () = shipway_daemon::stop_requested() => tracing::warn!("stopping at once"),
     }
     servers.shutdown().await;
+    expiring.abort();
     gc.abort();
     remembered.abort();
     drop((of_steps, debug));
     let services = &engine.parts().services;
+    // Those that no build has wanted yet.
+    services.held.leave();
     let clean = async {
         engine.finalize_all().await;
         services.executor.drained().await;
@@ -175,6 +183,14 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     match failed {
         Some(what) => Err(Fault::internal(format!("a listener ended by itself: {what}"))),
         None => Ok(()),
+    }
+}
+
+/// Lets running steps go on without this daemon, if they may.
+fn leave_steps(engine: &Engine) {
+    let services = &engine.parts().services;
+    if services.held.outlive() {
+        services.executor.leave();
     }
 }
 

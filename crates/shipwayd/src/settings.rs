@@ -4,7 +4,7 @@
 
 use crate::{
     config::{
-        Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, NamedNetwork, Otel, Runtime,
+        Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, NamedNetwork, Otel, Runtime, Span,
         Worker, duration,
     },
     debug::DebugAddress,
@@ -42,6 +42,9 @@ const PROVENANCE: &str = "/etc/buildkit/provenance.d";
 const PLATFORMS_MAX_AGE: Duration = Duration::from_secs(20);
 /// How long running builds may take when the daemon is to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long running steps of an earlier run wait for their builds after a start: as long as
+/// `shipway build` waits for its daemon.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Transfers to or from one registry at once (row `toml.sys`).
 const REGISTRY_CONCURRENCY: usize = 4;
 
@@ -110,6 +113,9 @@ pub struct Settings {
     pub debug: Option<DebugAddress>,
     /// How long running builds may take when the daemon is to end.
     pub drain_timeout: Duration,
+    /// How long running steps of an earlier run wait for their builds after a start; zero if steps
+    /// end with the daemon.
+    pub adopt_timeout: Duration,
     /// What becomes of spans.
     pub traces: TraceSettings,
     /// containerd's socket.
@@ -485,13 +491,10 @@ impl Settings {
             logging,
             listening,
             debug: debug.map(|a| a.parse().context(|| "debugAddress (--debugaddr)")).transpose()?,
-            drain_timeout: match flags.drain_timeout {
-                Some(text) => duration(&text).ok_or_else(|| {
-                    Fault::invalid(format!("--drain-timeout: {text:?} is not a duration"))
-                        .hint("write it as 90s or 10m")
-                })?,
-                None => system.drain_timeout.map_or(DRAIN_TIMEOUT, |s| s.0),
-            },
+            drain_timeout: span("drain-timeout", flags.drain_timeout, system.drain_timeout)?
+                .unwrap_or(DRAIN_TIMEOUT),
+            adopt_timeout: span("adopt-timeout", flags.adopt_timeout, system.adopt_timeout)?
+                .unwrap_or(ADOPT_TIMEOUT),
             traces,
             containerd: flags.containerd_addr.or(address).unwrap_or_else(|| CONTAINERD.into()),
             namespace: [flags.namespace, namespace, stand_in.and_then(|s| s.namespace)]
@@ -692,6 +695,16 @@ fn network_mode(text: &str) -> Result<NetworkDefault> {
                 .hint("want auto, cni, bridge, host or none"));
         }
     })
+}
+
+/// A duration that a flag gives, or else the configuration.
+fn span(flag: &str, given: Option<String>, configured: Option<Span>) -> Result<Option<Duration>> {
+    let Some(text) = given else { return Ok(configured.map(|span| span.0)) };
+    let given = duration(&text).ok_or_else(|| {
+        Fault::invalid(format!("--{flag}: {text:?} is not a duration"))
+            .hint("write it as 90s or 10m")
+    })?;
+    Ok(Some(given))
 }
 
 #[cfg(test)]

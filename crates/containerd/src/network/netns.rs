@@ -39,10 +39,15 @@ pub(super) struct NetNs {
 impl NetNs {
     /// Makes a namespace with its loopback up, at `dir/name`.
     pub(super) async fn new(dir: &Path, name: &str) -> Result<Self> {
-        let netns = Self { path: dir.join(name), id: format!("{ID_PREFIX}{name}") };
+        let netns = Self::known(dir, name);
         let path = netns.path.clone();
         blocking("make a network namespace", move || make(&path)).await?;
         Ok(netns)
+    }
+
+    /// The one at `dir/name`, which was made before.
+    pub(super) fn known(dir: &Path, name: &str) -> Self {
+        Self { path: dir.join(name), id: format!("{ID_PREFIX}{name}") }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -64,9 +69,7 @@ impl NetNs {
         let entries =
             std::fs::read_dir(dir).map_err(|e| Fault::io(format!("list {}", dir.display()), e))?;
         let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
-        Ok(names
-            .map(|name| Self { path: dir.join(&name), id: format!("{ID_PREFIX}{name}") })
-            .collect())
+        Ok(names.map(|name| Self::known(dir, &name)).collect())
     }
 
     /// Lets it go; it ends with the last process in it.

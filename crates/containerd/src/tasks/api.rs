@@ -348,6 +348,14 @@ impl TaskApi {
     /// The exit code of a task that ended, `None` if it has not; `NotFound` if there is no such
     /// task.
     pub(super) async fn exit_status(&self, place: &ProcessRef) -> Result<Option<u32>> {
+        match self.look_at(place).await? {
+            (Status::Stopped, code) => Ok(Some(code)),
+            _ => Ok(None),
+        }
+    }
+
+    /// How far a process has come, and its exit code if it has ended; `NotFound` if there is none.
+    pub(super) async fn look_at(&self, place: &ProcessRef) -> Result<(Status, u32)> {
         let message =
             api::GetRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
         let request = self.connection.request(message)?;
@@ -357,11 +365,10 @@ impl TaskApi {
             .await?;
         let process = answer.process.unwrap_or_default();
         match Status::try_from(process.status) {
-            Ok(Status::Stopped) => Ok(Some(process.exit_status)),
             Ok(Status::Unknown) | Err(_) => {
                 Err(Fault::not_found(format!("{place} has lost its shim")))
             }
-            _ => Ok(None),
+            Ok(status) => Ok((status, process.exit_status)),
         }
     }
 

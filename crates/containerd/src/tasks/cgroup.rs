@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// The cgroup in which a container's memory is counted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct MemoryCgroup {
     dir: PathBuf,
     unified: bool,

@@ -63,6 +63,7 @@ async fn join(
                 .map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
             let prefix = format!("{}-", process.id);
             let shape = stdio::StdioShape { prefix: &prefix, terminal: process.tty, input };
+            let output = stdio::Destination::Direct(output);
             Ok::<_, Fault>((bytes, stdio::Stdio::open(&running.dir, shape, &output)?))
         }
     };
@@ -75,7 +76,7 @@ async fn join(
         terminal: process.tty,
     };
     inner.api.exec(&place, spec, fifos).await?;
-    let result = run::start(inner, &place, stdio, io, answer, || ()).await;
+    let result = run::start(inner, &place, stdio, io, answer, None, || ()).await;
     if let Err(e) = inner.api.delete_process(&place).await {
         tracing::debug!(
             container = place.container,
@@ -83,5 +84,8 @@ async fn join(
             "failed to delete process, its container will remove it: {e}"
         );
     }
-    result.map(|code| ExitStatus { code, ..ExitStatus::default() })
+    match result? {
+        run::Ended::Exited(code) => Ok(ExitStatus { code, ..ExitStatus::default() }),
+        run::Ended::Left => Err(Fault::cancelled()),
+    }
 }

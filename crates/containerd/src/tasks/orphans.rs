@@ -6,7 +6,7 @@
 //! command line proves nothing, since any process may have any, so a shim must also be root's, run
 //! a shim's program, sit in its bundle, and see the file systems that we see. Blocks.
 
-use super::sweep::unmount_below;
+use super::{left::Spared, sweep::unmount_below};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,
@@ -39,11 +39,11 @@ pub(super) fn id_prefix(root: &Path) -> String {
     format!("shipway-{}-", &digest[..8])
 }
 
-/// Removes what is left of containers whose ids begin with `id_prefix` in `namespace`; none of them
-/// may have a task any more.
-pub(super) fn remove(namespace: &str, id_prefix: &str) {
+/// Removes what is left of containers whose ids begin with `id_prefix` in `namespace`; but for those
+/// that are `spared`, none of them may have a task any more.
+pub(super) fn remove(namespace: &str, id_prefix: &str, spared: &Spared) {
     let began = Instant::now();
-    let mut shims = shims(namespace, id_prefix);
+    let mut shims = shims(namespace, id_prefix, spared);
     while !shims.is_empty() && began.elapsed() < GRACE {
         pause();
         shims.retain(Shim::lives);
@@ -56,15 +56,16 @@ pub(super) fn remove(namespace: &str, id_prefix: &str) {
         );
         kill(shim.pid);
     }
-    remove_cgroups(Path::new(CGROUPS), &|name| name.contains(id_prefix));
-    for entry in entries(&Path::new(RUNTIME_RECORDS).join(namespace))
-        .filter(|e| name(e).starts_with(id_prefix))
-    {
+    remove_cgroups(Path::new(CGROUPS), &|name| {
+        name.contains(id_prefix) && !spared.has_cgroup(name)
+    });
+    let ours = |e: &PathBuf| name(e).starts_with(id_prefix) && !spared.has(&name(e));
+    for entry in entries(&Path::new(RUNTIME_RECORDS).join(namespace)).filter(ours) {
         let _ = fs::remove_dir_all(entry);
     }
     // Bundles are side by side, so one leads to the others.
     for dir in shims.iter().filter_map(|s| s.bundle.parent()) {
-        for bundle in entries(dir).filter(|b| name(b).starts_with(id_prefix)) {
+        for bundle in entries(dir).filter(ours) {
             unmount_below(&bundle);
             let _ = fs::remove_dir_all(bundle);
         }
@@ -78,10 +79,10 @@ pub(super) fn remove_one(namespace: &str, id: &str) {
     let _ = fs::remove_dir_all(Path::new(RUNTIME_RECORDS).join(namespace).join(id));
 }
 
-/// Kills the shims of containers whose ids begin with `id_prefix` in `namespace`; containerd then
-/// cleans up after those it knows.
-pub(super) fn end_shims(namespace: &str, id_prefix: &str) {
-    for shim in shims(namespace, id_prefix) {
+/// Kills the shims of containers whose ids begin with `id_prefix` in `namespace` and are not
+/// `spared`; containerd then cleans up after those it knows.
+pub(super) fn end_shims(namespace: &str, id_prefix: &str, spared: &Spared) {
+    for shim in shims(namespace, id_prefix, spared) {
         tracing::warn!(
             pid = shim.pid,
             id = shim.id,
@@ -159,9 +160,10 @@ fn shim_id(line: &str, namespace: &str) -> Option<String> {
         .then(|| after("-id").map(|id| (*id).to_owned()))?
 }
 
-fn shims(namespace: &str, id_prefix: &str) -> Vec<Shim> {
+fn shims(namespace: &str, id_prefix: &str, spared: &Spared) -> Vec<Shim> {
     let pids = entries(Path::new("/proc")).filter_map(|p| name(&p).parse().ok());
-    pids.filter_map(|pid| Shim::of(pid, namespace, id_prefix)).collect()
+    let shims = pids.filter_map(|pid| Shim::of(pid, namespace, id_prefix));
+    shims.filter(|shim| !spared.has(&shim.id)).collect()
 }
 
 /// Removes all cgroups below `root` whose name is `ours`, and kills what is in them.

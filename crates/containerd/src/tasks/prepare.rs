@@ -2,7 +2,7 @@
 //! FIFOs, `hosts` and `resolv.conf`, its secrets, mounts of parts of snapshots, who its user is,
 //! and what must not be left behind. Blocks; dropping [`Prepared`] undoes it.
 
-use super::{Inner, stdio};
+use super::{Inner, left, spool::Spool, stdio, sweep::unmount_below};
 use oci_spec::runtime::{self, User};
 use shipway_executor::{
     ExecMount, MountSource, NetworkMode, OutputTarget, ProcessSpec, RootFs, Secret, Security, etc,
@@ -38,8 +38,35 @@ pub(super) struct Prepared {
     // In this order: mounts go before the directories they are in, and the secrets before the tmpfs
     // they are on.
     _attached: Vec<Attached>,
+    _left: Option<LeftMounts>,
     _dirs: Vec<OwnDir>,
     _secrets: Option<Arc<Attached>>,
+}
+
+impl Prepared {
+    /// What an earlier run prepared for a process in `dir` that goes on.
+    pub(super) fn left(dir: PathBuf, stubs: Option<Stubs>, trust: Option<Trust>) -> Self {
+        Self {
+            user: User::default(),
+            mounts: Vec::new(),
+            stubs,
+            trust,
+            stdio: None,
+            _attached: Vec::new(),
+            _left: Some(LeftMounts(dir.clone())),
+            _dirs: vec![OwnDir(dir)],
+            _secrets: None,
+        }
+    }
+}
+
+/// Mounts that an earlier run made below a directory.
+struct LeftMounts(PathBuf);
+
+impl Drop for LeftMounts {
+    fn drop(&mut self) {
+        unmount_below(&self.0);
+    }
 }
 
 /// A directory of ours, removed with what is in it.
@@ -253,13 +280,14 @@ fn working_directory(
         .map_err(|e| Fault::io(format!("create working directory {cwd}"), e.into()))
 }
 
-/// Prepares `process`, with where its output goes and whether it has input.
+/// Prepares `process`, with where its output goes, whether it has input, and whether a later run of
+/// the daemon may want its output.
 pub(super) fn prepare(
     inner: &Inner,
     process: &ProcessSpec,
     root: &RootFs,
     mounts: &[ExecMount],
-    io: (&OutputTarget, bool),
+    io: (&OutputTarget, bool, bool),
 ) -> Result<Prepared> {
     let dir = OwnDir::new(inner.config.root.join("run").join(&process.id))?;
     let has_secrets = mounts.iter().any(|m| matches!(m.source, MountSource::Content { .. }));
@@ -268,11 +296,15 @@ pub(super) fn prepare(
     } else {
         (None, None)
     };
-    let (output, input) = io;
+    let (output, input, spooled) = io;
+    let output = match spooled {
+        true => stdio::Destination::Spooled(Spool::new(dir.0.join(left::SPOOL), output.clone())),
+        false => stdio::Destination::Direct(output.clone()),
+    };
     let stdio = stdio::Stdio::open(
         &dir.0,
         stdio::StdioShape { prefix: "", terminal: process.tty, input },
-        output,
+        &output,
     )?;
 
     let view = RootView::open(&root.mounts, Access::Read)?;
@@ -316,6 +348,7 @@ pub(super) fn prepare(
         trust,
         stdio: Some(stdio),
         _attached: attached,
+        _left: None,
         _dirs: std::iter::once(dir).chain(secrets).collect(),
         _secrets: tmpfs,
     })

@@ -3,8 +3,9 @@
 use super::{
     Inner,
     api::{ProcessRef, SIGKILL, Stdio, lost},
-    cgroup::MemoryCgroup,
+    cgroup::{MemoryCgroup, MemoryCount},
     exec::Running,
+    left::{self, StoredRecord},
     orphans,
     prepare::{self, Prepared},
     shims::Slot,
@@ -24,6 +25,7 @@ use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
 use tokio::{
     net::unix::pipe,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    task::JoinHandle,
 };
 
 /// How long output may trickle on after the process ended.
@@ -34,6 +36,15 @@ const DEATH: Duration = Duration::from_secs(1);
 const KILLS: usize = 10;
 
 pub(super) type ExitSender = oneshot::Sender<Result<ExitStatus>>;
+
+/// How the daemon is done with a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended<T> {
+    /// It ended so.
+    Exited(T),
+    /// It goes on, for a later run of the daemon.
+    Left,
+}
 
 /// Runs `process` and answers; returns when nothing is left of it. Kills it when its caller no
 /// longer waits for the answer any more.
@@ -53,9 +64,14 @@ pub(super) async fn supervise(
     let Some(starting) = inner.starts.one(&mut answer).await else { return };
     let mut slot = inner.shims.take();
     let mut parts = Parts { prepared: None, netns: None, created: false };
-    let mut result =
+    let result =
         run(&inner, &process, &root, mounts, io, (&mut slot, starting), &mut parts, &mut answer)
             .await;
+    let mut result = match result {
+        Ok(Ended::Left) => return left::leave(&inner, process, parts, &slot),
+        Ok(Ended::Exited(status)) => Ok(status),
+        Err(e) => Err(e),
+    };
     if let Err(e) = parts.restore().await {
         result = result.and(Err(e));
     }
@@ -100,11 +116,11 @@ impl StartLimit {
 }
 
 /// What the process holds besides its container.
-struct Parts {
-    prepared: Option<Prepared>,
-    netns: Option<NetnsGuard>,
-    /// Whether the slot's shim ran.
-    created: bool,
+pub(super) struct Parts {
+    pub(super) prepared: Option<Prepared>,
+    pub(super) netns: Option<NetnsGuard>,
+    /// Whether the slot's shim ran for it.
+    pub(super) created: bool,
 }
 
 impl Parts {
@@ -121,7 +137,7 @@ impl Parts {
 
     /// Takes out of the root filesystem what was put there for the process, before anybody else
     /// sees it.
-    async fn restore(&mut self) -> Result<()> {
+    pub(super) async fn restore(&mut self) -> Result<()> {
         let Some(trust) = self.prepared.as_mut().and_then(|p| p.trust.take()) else {
             return Ok(());
         };
@@ -129,7 +145,28 @@ impl Parts {
     }
 }
 
-async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, slot: Arc<Slot>) {
+/// Counts what a process used, and takes away what it leaves of its mount points.
+pub(super) async fn settle(parts: &mut Parts, cgroup: Option<MemoryCgroup>) -> Result<MemoryCount> {
+    // Before the stubs: it leaves directories that they take away.
+    parts.restore().await?;
+    let stubs = parts.prepared.as_mut().and_then(|p| p.stubs.take());
+    let count = blocking("count memory", move || {
+        let memory = cgroup.map(|c| c.count()).unwrap_or_default();
+        if let Some(stubs) = stubs {
+            stubs.remove();
+        }
+        Ok(memory)
+    });
+    Ok(count.await.unwrap_or_default())
+}
+
+pub(super) async fn clean_up(
+    inner: &Arc<Inner>,
+    id: &str,
+    parts: Parts,
+    reusable: bool,
+    slot: Arc<Slot>,
+) {
     if parts.created {
         // Before the shim's only container goes, and the shim with it.
         inner.shims.keep(&slot).await;
@@ -234,12 +271,15 @@ async fn run(
     (slot, starting): (&mut Arc<Slot>, OwnedSemaphorePermit),
     parts: &mut Parts,
     answer: &mut ExitSender,
-) -> Result<ExitStatus> {
+) -> Result<Ended<ExitStatus>> {
+    let resumable =
+        process.resumable.clone().filter(|_| left::can_be_left(inner, process, &mounts, &io));
+    let spooled = resumable.is_some();
     let prepared = {
         let (inner, process, root) = (inner.clone(), process.clone(), root.clone());
         let (output, input) = (io.output.clone(), io.input.is_some());
         blocking("prepare a process", move || {
-            prepare::prepare(&inner, &process, &root, &mounts, (&output, input))
+            prepare::prepare(&inner, &process, &root, &mounts, (&output, input, spooled))
         })
     };
     let (prepared, netns) =
@@ -274,6 +314,7 @@ async fn run(
     stdio.opened();
     let pid = created.map_err(explain)?;
     parts.created = true;
+    slot.founded_by(id);
     let cgroup = MemoryCgroup::of(pid);
     if answer.is_closed() {
         return Err(Fault::cancelled());
@@ -283,6 +324,11 @@ async fn run(
             let watch = move || Opened::of(pid, move |path| files.add(path));
             Some(blocking("watch what a process opens", watch).await?)
         }
+        None => None,
+    };
+    // Before the process begins: one that is not known would be swept away.
+    let stored = match resumable {
+        Some(what) => left::store(inner, process, what, slot, parts, cgroup.as_ref()).await,
         None => None,
     };
     let running = Arc::new(Running {
@@ -297,7 +343,8 @@ async fn run(
         let (inner, slot) = (inner.clone(), slot.clone());
         spawn("keep a shim warm", async move { inner.shims.keep(&slot).await });
     };
-    let code = start(inner, &ProcessRef::first(id), stdio, io, answer, on_start).await;
+    let place = ProcessRef::first(id);
+    let ended = start(inner, &place, stdio, io, answer, stored.as_ref(), on_start).await;
     inner.running().remove(id);
     if let Some(opened) = opened {
         let end = move || {
@@ -308,38 +355,30 @@ async fn run(
     }
     // The kernel has killed those who joined; their ends are reported before the container goes.
     let _ = tokio::time::timeout(DRAIN, running.joined.wait()).await;
-    let code = code?;
-    // Before the stubs: it leaves directories that they take away.
-    parts.restore().await?;
-    let stubs = parts.prepared.as_mut().and_then(|p| p.stubs.take());
-    let memory = blocking("count memory", move || {
-        let memory = cgroup.map(|c| c.count()).unwrap_or_default();
-        if let Some(stubs) = stubs {
-            stubs.remove();
-        }
-        Ok(memory)
-    })
-    .await
-    .unwrap_or_default();
-    Ok(ExitStatus { code, oom_killed: memory.oom_killed, peak_memory: memory.peak })
+    let Ended::Exited(code) = ended? else { return Ok(Ended::Left) };
+    let memory = settle(parts, cgroup).await?;
+    let (oom_killed, peak_memory) = (memory.oom_killed, memory.peak);
+    Ok(Ended::Exited(ExitStatus { code, oom_killed, peak_memory }))
 }
 
-/// Starts a process that was created, and serves it to its end.
+/// Starts a process that was created, and serves it to its end; `stored` is what a later run finds
+/// of it.
 pub(super) async fn start(
     inner: &Inner,
     place: &ProcessRef,
     mut stdio: stdio::Stdio,
     io: ProcessIo,
     answer: &mut ExitSender,
+    stored: Option<&StoredRecord>,
     on_start: impl FnOnce() + Send,
-) -> Result<u32> {
+) -> Result<Ended<u32>> {
     // Waiting begins before the start, so that no exit is missed.
-    let mut exit = {
-        let (api, place) = (inner.api.clone(), place.clone());
-        spawn("wait for a process", async move { api.wait(&place).await })
-    };
+    let exit = Exit::of(inner, place);
     if let Err(e) = inner.api.start(place).await {
-        exit.abort();
+        exit.0.abort();
+        if let Some(stored) = stored {
+            stored.withdraw().await;
+        }
         // The task was there a moment ago, and a missing program has another error.
         return Err(if e.is_not_found() && !e.message().contains(EXEC) {
             lost(place, &e)
@@ -353,16 +392,50 @@ pub(super) async fn start(
         let _ = started.send(());
     }
     let input = io.input.zip(stdio.take_writer());
-    let code = tokio::select! {
-        code = &mut exit => flatten(code),
-        () = answer.closed() => {
-            kill(inner, place, &mut exit).await;
-            Err(Fault::cancelled())
-        }
-        never = attend(inner, place, input, io.control) => match never {},
-    };
-    stdio.drain(if code.is_ok() { DRAIN } else { Duration::from_millis(100) }).await;
-    code
+    let attended = attend(inner, place, input, io.control);
+    exit.serve(inner, place, stdio, attended, answer, stored).await
+}
+
+/// The exit of a process, which is being waited for.
+pub(super) struct Exit(JoinHandle<Result<u32>>);
+
+impl Exit {
+    pub(super) fn of(inner: &Inner, place: &ProcessRef) -> Self {
+        let (api, place) = (inner.api.clone(), place.clone());
+        Self(spawn("wait for a process", async move { api.wait(&place).await }))
+    }
+
+    /// Serves a running process to its end, which comes at once if the caller no longer waits for
+    /// `answer`; but if the daemon ends, a later run goes on with what is `stored`.
+    pub(super) async fn serve(
+        mut self,
+        inner: &Inner,
+        place: &ProcessRef,
+        stdio: stdio::Stdio,
+        attended: impl Future<Output = Infallible>,
+        answer: &mut ExitSender,
+        stored: Option<&StoredRecord>,
+    ) -> Result<Ended<u32>> {
+        let code = tokio::select! {
+            code = &mut self.0 => flatten(code),
+            () = answer.closed() => {
+                if let Some(stored) = stored {
+                    if inner.is_leaving() {
+                        self.0.abort();
+                        stdio.leave().await;
+                        return Ok(Ended::Left);
+                    }
+                    // First: a later run must not take it for one that ended by itself.
+                    stored.withdraw().await;
+                }
+                kill(inner, place, &mut self.0).await;
+                Err(Fault::cancelled())
+            }
+            never = attended => match never {},
+        };
+        stdio.drain(if code.is_ok() { DRAIN } else { Duration::from_millis(100) }).await;
+        code.map(Ended::Exited)
+    }
 }
 
 /// Carries a process's input and control messages to it while it runs.
@@ -401,7 +474,7 @@ fn flatten(code: Result<Result<u32>, tokio::task::JoinError>) -> Result<u32> {
 }
 
 /// Kills until the process is dead, within reason.
-async fn kill(inner: &Inner, place: &ProcessRef, exit: &mut tokio::task::JoinHandle<Result<u32>>) {
+async fn kill(inner: &Inner, place: &ProcessRef, exit: &mut JoinHandle<Result<u32>>) {
     for _ in 0..KILLS {
         let _ = match place.exec.as_str() {
             "" => inner.api.kill(&place.container).await,

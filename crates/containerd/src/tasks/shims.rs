@@ -15,7 +15,7 @@ use shipway_storage::{Mount, RawMount};
 use shipway_task::spawn;
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -40,6 +40,8 @@ pub(super) struct Slot {
     pub(super) group: String,
     /// What holds the shim; set when it was tried.
     kept: OnceCell<KeptBy>,
+    /// The container that the shim was started for, by which it is found on the host.
+    founder: OnceLock<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,9 +54,24 @@ enum KeptBy {
     Sandbox,
 }
 
+/// The container that holds the shim of a group.
+pub(super) fn keeper_of(group: &str) -> String {
+    format!("{group}-keeper")
+}
+
 impl Slot {
     fn keeper_id(&self) -> String {
-        format!("{}-keeper", self.group)
+        keeper_of(&self.group)
+    }
+
+    /// Container `id` has a task in the shim; the first one is what it was started for.
+    pub(super) fn founded_by(&self, id: &str) {
+        self.founder.get_or_init(|| id.to_owned());
+    }
+
+    /// The container that the shim was started for.
+    pub(super) fn founder(&self) -> &str {
+        self.founder.get().map(String::as_str).unwrap_or_default()
     }
 
     /// The sandbox in which its containers are, if they are in one.
@@ -90,7 +107,29 @@ impl Shims {
     /// A slot whose shim does not run yet.
     pub(super) fn fresh(&self) -> Arc<Slot> {
         let n = self.made.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Slot { group: format!("{}-{n}", self.prefix), kept: OnceCell::new() })
+        Arc::new(Slot {
+            group: format!("{}-{n}", self.prefix),
+            kept: OnceCell::new(),
+            founder: OnceLock::new(),
+        })
+    }
+
+    /// The slot that `group` is, of an earlier run of the daemon, with a shim that was started for
+    /// `founder`.
+    pub(super) async fn left(&self, group: &str, founder: &str) -> Arc<Slot> {
+        let keeper = keeper_of(group);
+        let sandboxes = self.api.our_sandboxes().await.unwrap_or_default();
+        let kept = if sandboxes.contains(&keeper) {
+            KeptBy::Sandbox
+        } else if matches!(self.api.exit_status(&ProcessRef::first(&keeper)).await, Ok(Some(_))) {
+            KeptBy::Keeper
+        } else {
+            // The daemon ended while it was made.
+            let _ = self.api.destroy(&keeper).await;
+            KeptBy::Nothing
+        };
+        let (group, founder) = (group.to_owned(), OnceLock::from(founder.to_owned()));
+        Arc::new(Slot { group, kept: OnceCell::new_with(Some(kept)), founder })
     }
 
     /// Makes the keeper, once the slot's shim runs. Call it while the process is busy with its own.

@@ -2,48 +2,63 @@
 //! label, network namespaces, directories and mounts by place, and by name what containerd itself
 //! lost.
 
-use super::{Inner, orphans, prepare::remove_flat};
+use super::{
+    Inner,
+    left::{self, Spared},
+    orphans,
+    prepare::remove_flat,
+};
 use futures::StreamExt;
 use rustix::{
     fd::OwnedFd,
     fs::{Mode, OFlags},
 };
+use shipway_executor::LeftProcess;
 use shipway_fault::Result;
 use shipway_rootfs::mounts_below;
 use shipway_task::blocking;
-use std::{os::unix::fs::FileTypeExt, path::Path, time::Duration};
+use std::{
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 const AT_ONCE: usize = 8;
 /// How long shims are given to end what they run.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Removes it all; fails if a container resists, because its snapshot would too. No process of this
-/// run may run meanwhile.
-pub(super) async fn sweep(inner: &Inner) -> Result<()> {
+/// Removes it all but what may be resumed, which is returned; fails if a container resists, because
+/// its snapshot would too. No process of this run may run meanwhile.
+pub(super) async fn sweep(inner: &Inner) -> Result<Vec<LeftProcess>> {
+    let left = left::hold(inner).await?;
+    let spared = inner.spared.lock().clone();
     // A shim that opens an output without a reader waits for one, and everything else waits
     // for the shim.
-    let runs = inner.config.root.join("run");
-    let outputs = blocking("open outputs", move || Ok(outputs(&runs))).await.unwrap_or_default();
+    let (runs, of_others) = (inner.config.root.join("run"), spared.clone());
+    let open = move || Ok(outputs(&runs, &of_others));
+    let outputs = blocking("open outputs", open).await.unwrap_or_default();
     let destroyed = containers(inner).await;
     drop(outputs);
-    inner.network.sweep().await?;
+    inner.network.sweep(|name| spared.has_netns(name)).await?;
     let root = inner.config.root.clone();
     let clean = move || {
         for place in ["run", "secret"] {
-            unmount_below(&root.join(place));
-            for entry in std::fs::read_dir(root.join(place)).into_iter().flatten().flatten() {
-                remove_flat(&entry.path());
+            for entry in unspared(&root.join(place), &spared) {
+                unmount_below(&entry);
+                remove_flat(&entry);
             }
         }
         Ok(())
     };
     blocking("clean the executor's directory", clean).await?;
-    destroyed
+    destroyed.map(|()| left)
 }
 
-/// Removes our containers, whatever they are in the middle of.
+/// Removes our containers, whatever they are in the middle of, but for those that are spared.
 pub(super) async fn containers(inner: &Inner) -> Result<()> {
-    let ids = inner.api.our_containers().await?;
+    let spared = inner.spared.lock().clone();
+    let mut ids = inner.api.our_containers().await?;
+    ids.retain(|id| !spared.has(id));
     let each = |delete: bool| {
         let one = move |id: &String| {
             let id = id.clone();
@@ -56,10 +71,11 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
             .buffer_unordered(AT_ONCE)
             .collect::<Vec<Result<()>>>()
     };
-    let on_host = |work: fn(&str, &str)| {
+    let on_host = |work: fn(&str, &str, &Spared)| {
         let (namespace, id_prefix) = (inner.api.namespace().to_owned(), inner.id_prefix.clone());
+        let spared = spared.clone();
         blocking("remove orphans of containers", move || {
-            work(&namespace, &id_prefix);
+            work(&namespace, &id_prefix, &spared);
             Ok(())
         })
     };
@@ -74,18 +90,22 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
     }
     on_host(orphans::remove).await?;
     each(true).await.into_iter().collect::<Result<()>>()?;
-    for sandbox in inner.api.our_sandboxes().await? {
-        inner.api.delete_sandbox(&sandbox).await?;
+    for sandbox in inner.api.our_sandboxes().await?.iter().filter(|id| !spared.has(id)) {
+        inner.api.delete_sandbox(sandbox).await?;
     }
     Ok(())
 }
 
+/// What is in `dir` and belongs to no container that is spared.
+fn unspared(dir: &Path, spared: &Spared) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let others = entries.filter(|e| !spared.has(&e.file_name().to_string_lossy()));
+    others.map(|e| e.path()).collect()
+}
+
 /// The reading ends of all outputs in `dir`.
-fn outputs(dir: &Path) -> Vec<OwnedFd> {
-    let below = |dir: &Path| {
-        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>()
-    };
-    let files = below(dir).into_iter().flat_map(|d| below(&d));
+fn outputs(dir: &Path, spared: &Spared) -> Vec<OwnedFd> {
+    let files = unspared(dir, spared).into_iter().flat_map(|d| unspared(&d, spared));
     let fifos =
         files.filter(|f| std::fs::symlink_metadata(f).is_ok_and(|m| m.file_type().is_fifo()));
     fifos

@@ -44,7 +44,7 @@ fn is_plain_root(mounts: &[Mount]) -> bool {
 
 /// The operation's own key: everything but proxies, addresses of hosts, selectors, ids of caches,
 /// and values of secrets.
-fn own_key(exec: &ExecOp, vertex: &Vertex) -> KeyWriter {
+pub(super) fn own_key(exec: &ExecOp, vertex: &Vertex) -> KeyWriter {
     let meta = &exec.meta;
     let mut key = KeyWriter::new("shipway.exec.v1");
     key.list("args", &meta.args)

@@ -4,12 +4,13 @@
 
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
-use shipway_executor::Stream;
+use shipway_executor::{OutputSink, Stream};
 use shipway_progress::{LogStream, Reporter};
 use std::{
     collections::VecDeque,
     convert::Infallible,
     mem,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::Notify;
@@ -180,10 +181,16 @@ impl Clip {
 
 impl StepLog {
     pub(super) fn new(reporter: Reporter, limits: LogLimits) -> Self {
+        Self::begun(reporter, limits, SystemTime::now())
+    }
+
+    /// The output of a step that began at `began`.
+    pub(super) fn begun(reporter: Reporter, limits: LogLimits, began: SystemTime) -> Self {
+        let age = began.elapsed().unwrap_or_default();
         Self {
             reporter,
             limits,
-            began: Instant::now(),
+            began: Instant::now().checked_sub(age).unwrap_or_else(Instant::now),
             state: Mutex::default(),
             gathering: Notify::new(),
         }
@@ -217,8 +224,21 @@ impl StepLog {
         }
     }
 
+    /// Takes output for as long as there is a clone.
+    pub(super) fn sink(self: Arc<Self>) -> OutputSink {
+        Arc::new(move |output| self.write(output.stream, &output.bytes))
+    }
+
+    /// `work`, while gathered output is passed on.
+    pub(super) async fn pumped<T>(&self, work: impl Future<Output = T>) -> T {
+        tokio::select! {
+            done = work => done,
+            never = self.pump() => match never {},
+        }
+    }
+
     /// Passes gathered output on in time, as long as it is polled.
-    pub(super) async fn pump(&self) -> Infallible {
+    async fn pump(&self) -> Infallible {
         loop {
             self.gathering.notified().await;
             tokio::time::sleep(WINDOW).await;

@@ -1,6 +1,7 @@
 //! From LLB mounts to mounts of a process, and to the states that come out of it (rows
 //! `exec.mnt.*`).
 
+use super::resume::{HeldCache, HeldStates, StepNote};
 use crate::{JobData, Services, cache_mounts::MountName};
 use shipway_executor::{ExecMount, MountSource, RootFs, Secret};
 use shipway_fault::{Fault, Result};
@@ -33,8 +34,29 @@ pub(crate) struct MountGuards {
     views: Vec<View>,
     /// Unmounted before the states below them are given back.
     shared: Vec<LocalMount>,
-    named: Vec<NamedRef>,
+    caches: Vec<HeldCache>,
     agents: Vec<SshAgent>,
+    /// What the process reads that an earlier run of the daemon started.
+    _left: Option<HeldStates>,
+}
+
+impl MountGuards {
+    /// What a later run of the daemon needs to have the same; `None` where something belongs to
+    /// this one: a client's agent, or a mount that several steps share.
+    pub(super) fn note(&self, inputs: &[ImmutableRef]) -> Option<StepNote> {
+        if !self.agents.is_empty() || !self.shared.is_empty() {
+            return None;
+        }
+        let written = |mounted: &MountedState| match &mounted.state {
+            OutputState::Written { state, .. } => {
+                Some((mounted.mount, state.snapshot_key().clone()))
+            }
+            OutputState::Same(_) => None,
+        };
+        let views = self.views.iter().filter_map(|view| view.key.as_ref());
+        let read = views.chain(inputs.iter().filter_map(ImmutableRef::snapshot_name));
+        Some(StepNote::new(self.states.iter().filter_map(written), read, &self.caches))
+    }
 }
 
 /// The state of one mount.
@@ -77,6 +99,8 @@ struct Planner<'a> {
     /// Mounts of cache directories, by index of the mount.
     caches: BTreeMap<usize, Vec<SnapshotMount>>,
     guards: MountGuards,
+    /// Where the states come from, if the process was started by an earlier run of the daemon.
+    left: Option<HeldStates>,
 }
 
 /// A secret of the clients; `None` if it is optional and no client has it.
@@ -97,12 +121,13 @@ pub(super) async fn secret(
     }
 }
 
-/// Plans all mounts of `exec`.
+/// Plans all mounts of `exec`; of a process that has them already, by the states that it has.
 pub(crate) async fn plan(
     services: &Services,
     exec: &ExecOp,
     inputs: &[ImmutableRef],
     cx: MountContext<'_>,
+    left: Option<HeldStates>,
 ) -> Result<MountPlan> {
     let mut planner = Planner {
         services,
@@ -111,6 +136,7 @@ pub(crate) async fn plan(
         cx,
         caches: BTreeMap::new(),
         guards: MountGuards::default(),
+        left,
     };
     planner.take_caches().await?;
     let (mut root, mut mounts, mut snapshots) = (None, Vec::new(), vec![None; exec.mounts.len()]);
@@ -130,6 +156,7 @@ pub(crate) async fn plan(
         }
     }
     let root = root.ok_or_else(|| Fault::invalid("exec op with no rootfs"))?;
+    planner.guards._left = planner.left.take();
     Ok(MountPlan { root, mounts, snapshots, guards: planner.guards })
 }
 
@@ -169,12 +196,16 @@ impl Planner<'_> {
         self.guards.states.push(MountedState { mount: index, output: mount.output, state });
     }
 
-    async fn writable(&self, mount: &Mount) -> Result<MutableRef> {
+    async fn writable(&mut self, index: usize, mount: &Mount) -> Result<MutableRef> {
         let description =
             format!("mount {} from exec {}", mount.dest, self.exec.meta.args.join(" "));
+        let below = self.input(mount)?.cloned();
+        if let Some(left) = &mut self.left {
+            return left.state(&self.services.refs, index, below.as_ref(), description).await;
+        }
         self.services
             .refs
-            .mutable(self.input(mount)?, description, RecordType::Regular, Some(self.cx.reporter))
+            .mutable(below.as_ref(), description, RecordType::Regular, Some(self.cx.reporter))
             .await
     }
 
@@ -185,7 +216,7 @@ impl Planner<'_> {
                 mount.kind, mount.dest
             )));
         }
-        let state = self.writable(mount).await?;
+        let state = self.writable(index, mount).await?;
         let root = RootFs {
             snapshot: Some(state.snapshot_key().clone()),
             mounts: state.mounts().to_vec(),
@@ -250,14 +281,19 @@ impl Planner<'_> {
                 // Not whether its content is whole or lazy, but that it exists: `view` makes it
                 // exist.
                 state.materialize(Some(self.cx.reporter)).await?;
-                let view = state.view().await?;
-                let source = part(view.mounts.clone(), &mount.selector);
-                self.guards.views.push(view);
+                // A process that has it mounted needs no other view.
+                let mut mounts = Vec::new();
+                if self.left.is_none() {
+                    let view = state.view().await?;
+                    mounts.clone_from(&view.mounts);
+                    self.guards.views.push(view);
+                }
+                let source = part(mounts, &mount.selector);
                 self.hold(index, mount, OutputState::Same(state));
                 Ok(source)
             }
             None => {
-                let state = self.writable(mount).await?;
+                let state = self.writable(index, mount).await?;
                 let source = part(state.mounts().to_vec(), &mount.selector);
                 self.hold(index, mount, OutputState::Written { state, dest: mount.dest.clone() });
                 Ok(source)
@@ -312,10 +348,17 @@ impl Planner<'_> {
                 self.cx.jobs.iter().for_each(each);
                 self.restore_cache(mount, cache, &request).await;
             }
-            let named = self.services.refs.named(request).await?;
-            let mounts = self.cache_mounts(&named).await?;
+            let (key, sharing) = (request.key.clone(), request.sharing);
+            let cache = match &mut self.left {
+                Some(left) => left.cache(&key)?,
+                None => {
+                    let state = self.services.refs.named(request).await?;
+                    HeldCache { key, sharing, state }
+                }
+            };
+            let mounts = self.cache_mounts(&cache.state).await?;
             self.caches.insert(index, mounts);
-            self.guards.named.push(named);
+            self.guards.caches.push(cache);
         }
         Ok(())
     }

@@ -125,6 +125,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("system.maxRegistryConcurrency", "9", ""),
     ("system.cacheImportTimeout", "'7s'", ""),
     ("system.drainTimeout", "'7m'", ""),
+    ("system.adoptTimeout", "'7m'", ""),
     ("cache", "{ gha = { sign = {} } }", ""),
 ];
 
@@ -168,6 +169,7 @@ const FLAGS: &[(&str, &str, &[&str])] = &[
     ("prefer-local-images", "always", &[]),
     ("lazy-blobs", "now", &[]),
     ("drain-timeout", "7m", &[]),
+    ("adopt-timeout", "7m", &[]),
     ("containerd-worker-gc", "false", &[]),
     ("containerd-worker-gc-keepstorage", "1,20%,3", &[]),
     ("oci-worker", "true", &[]),
