@@ -23,6 +23,7 @@
 //! - [`Plain`] is an ordinary layer, of which somebody has the whole blob for once:
 //!   [`LayerStore::create_plain`] keeps what makes it lazy the next time. How the bytes of a frame
 //!   are decompressed is all that is different about it.
+//! - [`Layer::pieces`] says what digests files' contents have, without reading them.
 //! - [`LayerStore::unpack`] writes the data while the blob comes: the layer is whole when it is
 //!   made.
 //!
@@ -59,6 +60,7 @@ mod finish;
 mod index;
 mod layer;
 mod lease;
+mod pieces;
 mod plain;
 mod room;
 mod spans;

@@ -11,6 +11,7 @@ use common::{
 use parking_lot::Mutex;
 use shipway_estargz::{Landmark, Output};
 use shipway_layerstore::{Chunk, ChunkId, Error, JOIN_GAP, Layer, LayerStore, MAX_EXTENT, Result};
+use shipway_oci::Digest;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
@@ -453,4 +454,55 @@ fn a_full_disk_is_an_error_of_the_write() {
     assert!(layer.data().unwrap().metadata().unwrap().blocks() > 0);
     drop(layer.verify_blocks(blob.all()).unwrap());
     assert_eq!(blob.check_good(&layer), blob.good_of(&there));
+}
+
+/// The digests of pieces are those of what is read, and of nothing else.
+#[test]
+fn digests_of_pieces_are_those_of_the_contents() {
+    const PIECE: usize = 4096;
+    let mut dice = Dice(11);
+    let sizes = [1, PIECE - 1, PIECE, PIECE + 1, 5 * PIECE, 5 * PIECE + 7];
+    let mut ops: Vec<Op> =
+        sizes.iter().map(|size| file(&size.to_string(), dice.bytes(*size))).collect();
+    ops.push(file("empty", Vec::new()));
+    ops.push(Op {
+        path: b"link".to_vec(),
+        attrs: Attrs { mode: 0o644, ..Attrs::default() },
+        thing: Thing::HardLink(PIECE.to_string().into_bytes().into()),
+    });
+    for output in OUTPUTS {
+        let blob = blob_of(&ops, Shape { chunk_size: PIECE as u64, ..plain(output) });
+        let directory = directory();
+        let store = LayerStore::open(directory.path(), options("boot")).unwrap();
+        let layer = blob.create(&store);
+        let image = std::fs::read(layer.meta_path()).unwrap();
+        let reader = shipway_erofs::Reader::open(&image).unwrap();
+        let mut inodes = vec![0, u64::MAX, reader.root().0];
+        let mut want = vec![None; inodes.len()];
+        for op in &ops {
+            let root = reader.metadata(reader.root()).unwrap();
+            let root = reader.directory(&root).unwrap();
+            inodes.push(root.lookup(&op.path).unwrap().unwrap().nid.0);
+            let data = match &op.thing {
+                Thing::File(data) => data.clone(),
+                _ => match &ops[2].thing {
+                    Thing::File(data) => data.clone(),
+                    _ => unreachable!(),
+                },
+            };
+            let pieces: Vec<Digest> = data.chunks(PIECE).map(Digest::of).collect();
+            want.push(Some(pieces).filter(|pieces| !pieces.is_empty()));
+        }
+        let pieces = |length, most| layer.pieces(&inodes, length, most).unwrap();
+        assert_eq!(pieces(PIECE as u64, 100), want);
+        assert!(layer.good().unwrap().is_empty(), "nothing was read");
+        // Chunks that are not pieces of files say nothing of these.
+        for (length, known) in [(8192, 4), (2048, 1), (u64::MAX, 4), (0, 0)] {
+            let found = pieces(length, 100);
+            assert_eq!(found.iter().flatten().count(), known, "{length}");
+        }
+        // The bound is on all of them.
+        let found = pieces(PIECE as u64, 10);
+        assert_eq!(found.iter().flatten().flatten().count(), 10, "{found:?}");
+    }
 }

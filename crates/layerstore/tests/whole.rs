@@ -121,6 +121,10 @@ fn a_table_that_says_something_else_is_a_lie_for_ever() {
         ] {
             let blob = lying(&blob(&other), blob(&honest));
             let (directory, store, layer) = fresh(&blob);
+            let inodes: Vec<u64> = (0..1000).collect();
+            let known =
+                |layer: &Layer| layer.pieces(&inodes, 4, 100).unwrap().iter().flatten().count();
+            assert!(known(&layer) > 0);
             let Err(Error::Lying { difference, .. }) =
                 layer.finish(&blob.toc, &blob.bytes[..], &mut drop)
             else {
@@ -134,6 +138,7 @@ fn a_table_that_says_something_else_is_a_lie_for_ever() {
             let store = LayerStore::open(directory.path(), options("boot 2")).unwrap();
             let layer = store.find(&blob.key).unwrap();
             assert_eq!(layer.state(), State::Lying(difference));
+            assert_eq!(known(&layer), 0, "nothing is known of it any more");
             let again = layer.finish(&blob.toc, &blob.bytes[..], &mut drop);
             assert!(matches!(again, Err(Error::Lying { .. })));
             assert!(layer.hold_whole().unwrap().is_none());
