@@ -1,5 +1,5 @@
-//! The control socket, by which root's programs give credentials for what they will have read: a
-//! builder those of its build's client.
+//! The control socket, by which root's programs give credentials for what they will have read (a
+//! builder those of its build's client), and ask what is known of files that were not read yet.
 //!
 //! # Form
 //!
@@ -26,18 +26,35 @@
 //!
 //! They are used for every layer that is fetched from that repository, also for those that are
 //! there already, before any other credentials. To give them again for the same repository and
-//! `host` replaces them; give a token again before it expires.
+//! `host` replaces them; give a token again before it expires. They outlive a restart of the
+//! snapshotter, not one of the machine.
+//!
+//! # Digests of contents
+//!
+//! ```text
+//! {"pieces":{"layer":"/var/lib/shipway-snapshotter/l/7","length":4194304,"inodes":[36,42]}}
+//! {"pieces":[["sha256:…","sha256:…"],null]}
+//! ```
+//!
+//! `layer` is the directory with a layer's files, as it stands in the mounts of snapshots, and
+//! `inodes` are numbers of files in it as `stat` shows them there, at most 1024. For each of them
+//! the answer has the digests of its contents in pieces of `length` bytes, or `null` where they are
+//! not known: the last piece is shorter, and an answer has 8192 digests at the most. They are what
+//! the layer's verified index says, so nothing is read or fetched for them; but whoever reads such a
+//! piece gets bytes with its digest, or an error.
+//!
+//! # Errors
 //!
 //! What cannot be done is answered by `{"error":"…","code":"InvalidArgument"}`, and the connection
-//! goes on; `code` is gRPC's name of it. They outlive a restart of the snapshotter, not one of the
-//! machine.
+//! goes on; `code` is gRPC's name of it.
 
 use crate::keyring::{Giver, Grant, Hosts, Keyring, Login, Secret};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Code, Fault, Result};
-use shipway_oci::ImageName;
+use shipway_oci::{Digest, ImageName};
 use std::{
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 use tokio::{
@@ -54,6 +71,10 @@ pub const MAX_LINE: u64 = 64 << 10;
 const MAX_CLIENTS: usize = 64;
 /// Longest time that credentials are kept for, in seconds.
 pub const MAX_SECONDS: u64 = 86_400;
+/// Most inodes of a request.
+pub const MAX_INODES: usize = 1024;
+/// Most digests of an answer.
+pub const MAX_PIECES: usize = 8192;
 /// How long a client may take to read an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -61,6 +82,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[serde(rename_all = "lowercase")]
 enum Request {
     Credentials(Given),
+    Pieces(Asked),
 }
 
 #[derive(Deserialize)]
@@ -78,51 +100,76 @@ struct Given {
     seconds: u64,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    layer: PathBuf,
+    length: u64,
+    inodes: Vec<u64>,
+}
+
+/// For each of some files the digests of its pieces, where they are known.
+pub type Pieces = Vec<Option<Vec<Digest>>>;
+
+/// Knows what is in the files of layers.
+pub trait LayerPieces: Send + Sync {
+    /// Digests of the contents of `inodes` of the layer whose files are at `directory`, in pieces of
+    /// `length` bytes; at most `most` of them. Blocks.
+    fn pieces(&self, directory: &Path, inodes: &[u64], length: u64, most: usize) -> Result<Pieces>;
+}
+
+/// The layers, which are there some time after the socket is.
+pub type Layers = Arc<OnceLock<Arc<dyn LayerPieces>>>;
+
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 enum Answer {
     Done { ok: bool },
+    Known { pieces: Pieces },
     Failed { error: String, code: String },
 }
 
-impl From<Result<()>> for Answer {
-    fn from(result: Result<()>) -> Self {
-        match result {
-            Ok(()) => Self::Done { ok: true },
-            Err(fault) => {
-                Self::Failed { error: fault.to_string(), code: format!("{:?}", fault.code()) }
-            }
-        }
+impl From<Fault> for Answer {
+    fn from(fault: Fault) -> Self {
+        Self::Failed { error: fault.to_string(), code: format!("{:?}", fault.code()) }
     }
 }
 
 /// Serves everybody who connects and is root, or whom this process runs as.
-pub async fn serve(connections: impl Stream<Item = UnixStream>, keyring: Arc<Keyring>) {
+pub async fn serve(
+    connections: impl Stream<Item = UnixStream>,
+    keyring: Arc<Keyring>,
+    layers: Layers,
+) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     let mut connections = std::pin::pin!(connections);
     while let Some(connection) = connections.next().await {
         let Ok(place) = places.clone().acquire_owned().await else { return };
-        let keyring = keyring.clone();
+        let (keyring, layers) = (keyring.clone(), layers.clone());
         shipway_task::spawn("control", async move {
             let _place = place;
-            if let Err(error) = talk(connection, &keyring).await {
+            if let Err(error) = talk(connection, &keyring, &layers).await {
                 tracing::debug!(%error, "a control connection ended");
             }
         });
     }
 }
 
-/// Whether a user may give credentials.
+/// Whether a user may use the socket.
 fn admits(user: u32) -> bool {
     user == 0 || user == rustix::process::geteuid().as_raw()
 }
 
-async fn talk(mut connection: UnixStream, keyring: &Keyring) -> std::io::Result<()> {
+async fn talk(
+    mut connection: UnixStream,
+    keyring: &Keyring,
+    layers: &Layers,
+) -> std::io::Result<()> {
     let user = connection.peer_cred()?.uid();
     if !admits(user) {
         tracing::warn!(user, "a user who may not use the control socket was refused");
-        let refused = Fault::new(Code::PermissionDenied, "only root may give credentials");
-        return answer(&mut connection, Err(refused)).await;
+        let refused = Fault::new(Code::PermissionDenied, "only root may use the control socket");
+        return answer(&mut connection, refused.into()).await;
     }
     let (read, mut write) = connection.split();
     let mut read = BufReader::new(read);
@@ -133,10 +180,10 @@ async fn talk(mut connection: UnixStream, keyring: &Keyring) -> std::io::Result<
         }
         let whole = line.last() == Some(&b'\n');
         let done = match whole {
-            true => keep(&line, keyring),
+            true => done(&line, keyring, layers).await,
             false => Err(Fault::invalid(format!("a request has {MAX_LINE} bytes at the most"))),
         };
-        answer(&mut write, done).await?;
+        answer(&mut write, done.unwrap_or_else(Answer::from)).await?;
         if !whole {
             return Ok(());
         }
@@ -145,20 +192,41 @@ async fn talk(mut connection: UnixStream, keyring: &Keyring) -> std::io::Result<
 
 async fn answer(
     to: &mut (impl tokio::io::AsyncWrite + Unpin),
-    result: Result<()>,
+    what: Answer,
 ) -> std::io::Result<()> {
-    let mut text = serde_json::to_vec(&Answer::from(result)).map_err(std::io::Error::other)?;
+    let mut text = serde_json::to_vec(&what).map_err(std::io::Error::other)?;
     text.push(b'\n');
     tokio::time::timeout(PATIENCE, to.write_all(&text)).await?
 }
 
 /// Does what a line asks for.
-fn keep(line: &[u8], keyring: &Keyring) -> Result<()> {
+async fn done(line: &[u8], keyring: &Keyring, layers: &Layers) -> Result<Answer> {
     // What a parser has to say may quote what it read.
-    let Request::Credentials(given) = serde_json::from_slice(line).map_err(|e| {
+    let request = serde_json::from_slice(line).map_err(|e| {
         Fault::invalid(format!("not a valid request, at column {}", e.column()))
             .hint("see the documentation of the control socket for its form")
     })?;
+    match request {
+        Request::Credentials(given) => keep(given, keyring).map(|()| Answer::Done { ok: true }),
+        Request::Pieces(asked) => {
+            pieces(asked, layers).await.map(|pieces| Answer::Known { pieces })
+        }
+    }
+}
+
+/// What is known of the contents of files.
+async fn pieces(asked: Asked, layers: &Layers) -> Result<Pieces> {
+    let Asked { layer, length, inodes } = asked;
+    if inodes.len() > MAX_INODES {
+        return Err(Fault::invalid(format!("a request has {MAX_INODES} inodes at the most")));
+    }
+    let layers = layers.get().cloned().ok_or_else(|| Fault::unavailable("there are no layers"))?;
+    let look = move || layers.pieces(&layer, &inodes, length, MAX_PIECES);
+    shipway_task::blocking("look for digests of files", look).await
+}
+
+/// Keeps credentials.
+fn keep(given: Given, keyring: &Keyring) -> Result<()> {
     let image: ImageName = given.repository.parse().map_err(|e| {
         Fault::invalid(format!("{:?} is not a valid repository: {e}", given.repository))
     })?;
@@ -185,9 +253,13 @@ mod tests {
     use tokio::net::UnixListener;
 
     async fn client(keyring: &Arc<Keyring>) -> BufReader<UnixStream> {
+        client_of(keyring, Layers::default()).await
+    }
+
+    async fn client_of(keyring: &Arc<Keyring>, layers: Layers) -> BufReader<UnixStream> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let connections = tokio_stream::iter([theirs]).chain(tokio_stream::pending());
-        shipway_task::spawn("serve", serve(connections, keyring.clone()));
+        shipway_task::spawn("serve", serve(connections, keyring.clone(), layers));
         BufReader::new(ours)
     }
 
@@ -244,6 +316,45 @@ mod tests {
         assert_eq!(ask(&mut client, line).await, r#"{"ok":true}"#);
     }
 
+    /// One layer, whose inode `n` has `n` pieces.
+    struct OneLayer;
+
+    impl LayerPieces for OneLayer {
+        fn pieces(&self, layer: &Path, inodes: &[u64], length: u64, most: usize) -> Result<Pieces> {
+            if layer != Path::new("/l/7") {
+                return Err(Fault::not_found(format!("{} is not a layer", layer.display())));
+            }
+            assert_eq!((length, most), (4096, MAX_PIECES));
+            let pieces =
+                |n: &u64| (*n > 0).then(|| (0..*n).map(|n| Digest::of(n.to_string())).collect());
+            Ok(inodes.iter().map(pieces).collect())
+        }
+    }
+
+    #[tokio::test]
+    async fn digests_of_files_are_told_where_they_are_known() {
+        let layers = Layers::default();
+        let mut client = client_of(&Arc::default(), layers.clone()).await;
+        let ask_for = |layer: &str, inodes: &[u64]| {
+            serde_json::json!({"pieces": {"layer": layer, "length": 4096, "inodes": inodes}})
+                .to_string()
+        };
+        let told = ask(&mut client, &ask_for("/l/7", &[1])).await;
+        assert!(told.contains("Unavailable"), "{told}");
+        assert!(layers.set(Arc::new(OneLayer)).is_ok());
+        let told = ask(&mut client, &ask_for("/l/7", &[2, 0, 1])).await;
+        let (zero, one) = (Digest::of("0"), Digest::of("1"));
+        assert_eq!(told, format!(r#"{{"pieces":[["{zero}","{one}"],null,["{zero}"]]}}"#));
+        let told = ask(&mut client, &ask_for("/l/8", &[1])).await;
+        assert!(told.contains("NotFound"), "{told}");
+        let told = ask(&mut client, &ask_for("/l/7", &[0; MAX_INODES])).await;
+        assert!(told.starts_with(r#"{"pieces":[null,null"#), "{told}");
+        let told = ask(&mut client, &ask_for("/l/7", &[0; MAX_INODES + 1])).await;
+        assert!(told.contains("1024 inodes at the most"), "{told}");
+        let told = ask(&mut client, r#"{"pieces":{"layer":"/l/7","length":4096}}"#).await;
+        assert!(told.contains("not a valid request"), "{told}");
+    }
+
     #[tokio::test]
     async fn a_line_is_bounded() {
         let keyring = Arc::default();
@@ -278,7 +389,7 @@ mod tests {
         nobody.set_nonblocking(true).unwrap();
         let connections = tokio_stream::iter([accepted]).chain(tokio_stream::pending());
         let keyring = Arc::default();
-        shipway_task::spawn("serve", serve(connections, Arc::clone(&keyring)));
+        shipway_task::spawn("serve", serve(connections, Arc::clone(&keyring), Layers::default()));
         let mut told = String::new();
         let mut client = BufReader::new(UnixStream::from_std(nobody).unwrap());
         client.read_line(&mut told).await.unwrap();

@@ -48,8 +48,9 @@ pub async fn run(config: &Config) -> Result<()> {
     let given = bind(&config.control_address)?;
     // Reads that wait since before this process began may need credentials.
     let keyring = Arc::<Keyring>::default();
-    let giving =
-        shipway_task::spawn("take credentials", control::serve(accept(given), keyring.clone()));
+    let layers = control::Layers::default();
+    let controlled = control::serve(accept(given), keyring.clone(), layers.clone());
+    let giving = shipway_task::spawn("answer for control", controlled);
     let pulls = bind(&config.cri.address)?;
     let proxy = cri::Proxy::new(config.cri.containerd.clone(), keyring.clone());
     let passing = shipway_task::spawn("pass CRI on", proxy.serve(accept(pulls)));
@@ -61,6 +62,9 @@ pub async fn run(config: &Config) -> Result<()> {
         ..Options::default()
     };
     let (lazy, store) = open(config, options, keyring.clone()).await?;
+    if let Some(lazy) = &lazy {
+        let _ = layers.set(lazy.clone());
+    }
     let worker = store.clone();
     std::thread::Builder::new()
         .name("later".into())

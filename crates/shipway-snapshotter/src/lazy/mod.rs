@@ -30,7 +30,11 @@ mod spans;
 pub use labels::Wanted;
 pub use report::{LayerReport, PullReport, Report, Totals};
 
-use crate::{config::Config, keyring::Keyring};
+use crate::{
+    config::Config,
+    control::{LayerPieces, Pieces},
+    keyring::Keyring,
+};
 use credentials::AllCredentials;
 use learning::Learning;
 use link::{Link, Registered, Starter, served_files};
@@ -528,6 +532,22 @@ impl Lazy {
             ));
         }
         Ok(found)
+    }
+}
+
+impl LayerPieces for Lazy {
+    fn pieces(&self, directory: &Path, inodes: &[u64], length: u64, most: usize) -> Result<Pieces> {
+        let number = directory.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let number = number.filter(|number| self.at(*number) == directory);
+        let layer = number.and_then(|number| self.store.get(LayerNumber(number)));
+        let layer = layer.ok_or_else(|| {
+            Fault::not_found(format!("{} is not the directory of a layer", directory.display()))
+        })?;
+        // The trees of the keeper show other numbers than images have.
+        if self.tier == Tier::FuseTree {
+            return Ok(vec![None; inodes.len()]);
+        }
+        Ok(layer.pieces(inodes, length, most)?)
     }
 }
 
