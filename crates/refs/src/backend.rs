@@ -8,6 +8,7 @@ use crate::{
     fill_marks::FillMarks,
     id::fresh_id,
     last_used::LastUsed,
+    layer::LayerContents,
     mount::{self, LocalMount},
     record::{KIND, KIND_RUN},
     run_lease::RunLeases,
@@ -36,6 +37,8 @@ pub(crate) struct Backend {
     pub background: Background,
     pub uses: LastUsed,
     pub distrusted: Distrusted,
+    /// Who knows what is in layers that the snapshotter serves.
+    pub contents: Option<Arc<dyn LayerContents>>,
     /// Leases whose deletion failed.
     leases_to_retry: Mutex<Vec<LeaseId>>,
     /// Active snapshots that are being written, and since when.
@@ -45,7 +48,12 @@ pub(crate) struct Backend {
 impl Backend {
     /// Opens the files below `root` in the machine's boot `boot`, and unmounts what an earlier run
     /// left mounted there.
-    pub async fn open(storage: Storage, root: &Path, boot: &str) -> Result<Arc<Self>> {
+    pub async fn open(
+        storage: Storage,
+        root: &Path,
+        boot: &str,
+        contents: Option<Arc<dyn LayerContents>>,
+    ) -> Result<Arc<Self>> {
         let mounts = root.join("mnt");
         let points = mounts.clone();
         blocking("sweep mounts", move || mount::sweep(&points)).await?;
@@ -58,6 +66,7 @@ impl Backend {
             background: Background::new(),
             uses: LastUsed::load(root.join("uses.json")),
             distrusted: Distrusted::default(),
+            contents,
             leases_to_retry: Mutex::default(),
             being_written: Mutex::default(),
         }))

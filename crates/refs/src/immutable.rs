@@ -5,6 +5,7 @@ use crate::{
     id::RefId,
     layer::{Layer, LayerSource},
     layered::{LayeredRef, View},
+    lower_files::LowerFiles,
     mount::LocalMount,
     record::RecordType,
     records::Records,
@@ -14,7 +15,7 @@ use shipway_oci::{ChainId, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::SnapshotKey;
 use shipway_task::blocking;
-use shipway_treehash::Selector;
+use shipway_treehash::{KnownContents, Selector};
 use std::{fmt, path::Path, sync::Arc, time::SystemTime};
 
 /// Most names that are compared with a missing one.
@@ -207,17 +208,26 @@ impl ImmutableRef {
         }
     }
 
-    /// Checksum of a part of the state, independent of times (row `so.hash`). `NotFound` names the
-    /// missing path.
+    /// Checksum of a part of the state, independent of times (row `so.hash`). Files of layers that a
+    /// snapshotter serves are fetched for that only if it does not know what is in them. `NotFound`
+    /// names the missing path.
     pub async fn checksum(&self, selector: &Selector) -> Result<Digest> {
         // What a client's directory should have, its frontend explains: it knows the ignore file.
-        let (index, suggests) = match &self.0 {
-            RefKind::Layers(layered) => (layered.record().index.clone(), true),
-            RefKind::Frozen(frozen) => (frozen.index().clone(), false),
+        let (index, suggests, served) = match &self.0 {
+            RefKind::Layers(layered) => {
+                let contents = layered.records().backend.contents.clone();
+                let view = layered.view().await?;
+                (layered.record().index.clone(), true, contents.map(|contents| (contents, view)))
+            }
+            RefKind::Frozen(frozen) => (frozen.index().clone(), false, None),
         };
         let (mount, selector) = (self.mount().await?, selector.clone());
         let work = move || {
-            index.checksum(mount.path(), &selector).map_err(|e| {
+            let files = served
+                .as_ref()
+                .map(|(contents, view)| LowerFiles { mounts: &view.mounts, contents: &**contents });
+            let known = files.as_ref().map(|files| files as &dyn KnownContents);
+            index.checksum(mount.path(), &selector, known).map_err(|e| {
                 match near(mount.path(), &selector.path) {
                     Some(near) if suggests && e.is_not_found() => {
                         e.hint(format!("did you mean {near}?"))

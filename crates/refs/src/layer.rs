@@ -4,11 +4,12 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use shipway_archive::{LayerTree, Tar};
 use shipway_fault::{Code, Detail, Fault, Result};
-use shipway_oci::{ChainId, Descriptor, DiffId};
+use shipway_oci::{ChainId, Descriptor, DiffId, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::{BlobReader, ContentStore, Labels, LeaseId, SnapshotKey, Usage};
 use std::{
     fmt,
+    path::Path,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -82,6 +83,23 @@ pub trait LayerSource: Send + Sync {
 pub trait LayerOrigins: Send + Sync {
     /// The source whose [`LayerSource::origin`] this was.
     fn source(&self, origin: &str) -> Option<Arc<dyn LayerSource>>;
+
+    /// Who knows what is in layers that the snapshotter serves.
+    fn contents(&self) -> Option<Arc<dyn LayerContents>> {
+        None
+    }
+}
+
+/// For each of some files the digests of its pieces, where they are known.
+pub type FilePieces = Vec<Option<Vec<Digest>>>;
+
+/// Knows what is in layers that a snapshotter serves, without reading them.
+pub trait LayerContents: Send + Sync {
+    /// For each of `inodes` of the layer whose files are at `layer`, the digests (SHA-256) of its
+    /// contents in pieces of `length` bytes, of which the last one may be shorter; `None` where they
+    /// are not known. To read a piece must give bytes with that digest or fail. An error if nothing
+    /// is known of the layer. Blocks.
+    fn pieces(&self, layer: &Path, inodes: &[u64], length: u64) -> Result<FilePieces>;
 }
 
 /// Finds none.

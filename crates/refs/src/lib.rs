@@ -35,6 +35,7 @@
 //! │ handles: while one lives, its state is in use
 //! ├ mutable, named                         being written
 //! ├ immutable ── frozen ── layered         not changing; assemble makes them of known layers
+//! │  └── lower_files                       what is known of files before they are fetched
 //! │
 //! │ work on one record
 //! ├ commit ── early_blob                   a written snapshot becomes a layer
@@ -78,6 +79,7 @@ mod layered;
 mod lease;
 mod life;
 mod load;
+mod lower_files;
 mod materialize;
 mod merge;
 mod mount;
@@ -102,7 +104,10 @@ pub use contents::copy_contents;
 pub use id::RefId;
 pub use immutable::ImmutableRef;
 pub use inherited::Inherited;
-pub use layer::{Layer, LayerBlob, LayerOrigins, LayerSource, LayerSourceId, LazyLayer, NoOrigins};
+pub use layer::{
+    FilePieces, Layer, LayerBlob, LayerContents, LayerOrigins, LayerSource, LayerSourceId,
+    LazyLayer, NoOrigins,
+};
 pub use layered::View;
 pub use mount::LocalMount;
 pub use mutable::MutableRef;

@@ -34,17 +34,19 @@ const OPTIONS_MAX: usize = 4000;
 /// a remote snapshotter serves are mounted only while there is a snapshot on top of them, and
 /// what is mounted without them has no files.
 pub(crate) fn is_lasting(mount: &Mount) -> bool {
-    let device = |dir: &Path| fs::metadata(dir).map(|m| m.dev()).ok();
-    // A mount point is on another device than the directory that it is in.
-    let plain = |dir: &PathBuf| {
-        let above = dir.parent().and_then(device);
-        above.is_some() && device(dir) == above
-    };
+    let plain = |dir: &PathBuf| is_mount_point(dir) == Some(false);
     match mount {
         Mount::Overlay(overlay) => overlay.lower.iter().all(plain),
         Mount::Bind(bind) => plain(&bind.source),
         Mount::Other(_) => false,
     }
+}
+
+/// Whether something is mounted on `dir`; `None` if that cannot be known.
+pub(crate) fn is_mount_point(dir: &Path) -> Option<bool> {
+    let device = |dir: &Path| fs::metadata(dir).map(|m| m.dev()).ok();
+    // A mount point is on another device than the directory that it is in.
+    Some(device(dir)? != device(dir.parent()?)?)
 }
 
 /// A state as a directory of the host, while this lives.

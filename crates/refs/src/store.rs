@@ -46,7 +46,8 @@ impl RefStore {
     }
 
     /// [`RefStore::open`] where layers that an earlier run had not fetched can still be fetched,
-    /// from what `origins` finds.
+    /// from what `origins` finds, and files that were not fetched can be hashed if `origins` knows
+    /// who knows what is in them.
     pub async fn open_with(
         storage: Storage,
         root: PathBuf,
@@ -79,7 +80,7 @@ impl RefStore {
         origins: &dyn LayerOrigins,
         left: &[Vec<SnapshotKey>],
     ) -> Result<(Self, Vec<Option<Inherited>>)> {
-        let backend = Backend::open(storage, &root, boot).await?;
+        let backend = Backend::open(storage, &root, boot, origins.contents()).await?;
         // Before the leases end that kept them.
         let inherited = Inherited::take(&backend, left)
             .await

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use shipway_fault::{Code, Context, Fault, Result};
 use shipway_oci::{Descriptor, Digest, Hasher, ImageName, media};
 use shipway_progress::Reporter;
-use shipway_refs::{LayerOrigins, LayerSource, LayerSourceId, is_for_snapshotters};
+use shipway_refs::{LayerContents, LayerOrigins, LayerSource, LayerSourceId, is_for_snapshotters};
 use shipway_registry::{Anonymous, CredentialSource, Mode, Registry, Repository};
 use shipway_session::{ClientBlob, ClientStore, SessionGroup, SessionId};
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Ingest, Labels, LeaseId};
@@ -300,11 +300,15 @@ impl LayerOrigins for LayerSources {
         let place = RegistryImage { image, credentials };
         Some(self.of(Arc::new(RegistryRemote(repository)), Some(place)))
     }
+
+    fn contents(&self) -> Option<Arc<dyn LayerContents>> {
+        self.control.clone().map(|control| Arc::new(control) as _)
+    }
 }
 
 impl LayerSources {
     /// Layers of images at registries, and of other places. A snapshotter that listens at the
-    /// socket `control` is given the credentials of builds.
+    /// socket `control` is given the credentials of builds, and asked what it knows of files.
     pub fn new(registry: Registry, control: Option<PathBuf>) -> Self {
         let control = control.map(SnapshotterControl);
         Self { registry: Some(registry), control, ..Self::default() }

@@ -1,15 +1,18 @@
-//! A remote snapshotter as builds see it: what a Prepare has to say for it to find a layer, and the
-//! credentials that it needs for that. Labels are kept and shown, so credentials go another way: to
-//! `shipway-snapshotter` over its control socket, where they stay in memory.
+//! A remote snapshotter as builds see it: what a Prepare has to say for it to find a layer, the
+//! credentials that it needs for that, and what it knows of files that it has not fetched. Labels are
+//! kept and shown, so credentials go another way: to `shipway-snapshotter` over its control socket,
+//! where they stay in memory.
 
 use serde::Deserialize;
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
+use shipway_refs::{FilePieces, LayerContents};
 use shipway_registry::Credentials;
 use shipway_storage::Labels;
 use std::{
-    io::{self, ErrorKind},
-    path::PathBuf,
+    io::{self, BufRead as _, ErrorKind, Read as _, Write as _},
+    os::unix::net,
+    path::{Path, PathBuf},
     time::Duration,
 };
 use tokio::{
@@ -26,6 +29,8 @@ const GOOD_FOR: u64 = 86_400;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Largest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
+/// Largest one with digests of files: there are 8192 of them at the most, of 75 bytes.
+const MAX_PIECES: u64 = 1 << 20;
 
 /// What containerd passes on to snapshotters begins with this.
 const PASSED_ON: &str = "containerd.io/snapshot/";
@@ -89,6 +94,35 @@ pub(crate) struct SnapshotterControl(pub PathBuf);
 #[derive(Deserialize)]
 struct Answer {
     error: Option<String>,
+    pieces: Option<FilePieces>,
+}
+
+impl LayerContents for SnapshotterControl {
+    fn pieces(&self, layer: &Path, inodes: &[u64], length: u64) -> Result<FilePieces> {
+        let request = serde_json::json!({"pieces": {
+            "layer": layer,
+            "length": length,
+            "inodes": inodes,
+        }});
+        let ask = || {
+            let mut stream = net::UnixStream::connect(&self.0)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.write_all(format!("{request}\n").as_bytes())?;
+            let mut line = String::new();
+            io::BufReader::new(stream.take(MAX_PIECES)).read_line(&mut line)?;
+            Ok(serde_json::from_str::<Answer>(&line)?)
+        };
+        let failed = |e| Fault::io(format!("ask the snapshotter at {}", self.0.display()), e);
+        let answer = ask().map_err(failed)?;
+        match (answer.pieces, answer.error) {
+            (Some(pieces), None) if pieces.len() == inodes.len() => Ok(pieces),
+            (_, Some(error)) => {
+                Err(Fault::unavailable(format!("the snapshotter refused: {error}")))
+            }
+            _ => Err(Fault::unavailable("the snapshotter answered something else")),
+        }
+    }
 }
 
 impl SnapshotterControl {
@@ -161,6 +195,43 @@ mod tests {
         assert!(labels.iter().all(|(k, v)| k.len() + v.len() <= MAX_LABEL));
         let unknown = RemoteImage { layers: Vec::new(), ..image };
         assert_eq!(unknown.labels(&layer)[CRI[3]], digest(2).to_string());
+    }
+
+    #[test]
+    fn digests_are_taken_as_they_are_told_and_everything_else_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = SnapshotterControl(dir.path().join("control.sock"));
+        let ask = || control.pieces(Path::new("/l/7"), &[36, 42], 4096);
+        assert!(ask().is_err(), "nobody listens");
+        let listener = net::UnixListener::bind(&control.0).unwrap();
+        let answered = |answer: &str| {
+            std::thread::scope(|scope| {
+                let asked = scope.spawn(ask);
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut line = String::new();
+                io::BufReader::new(&stream).read_line(&mut line).unwrap();
+                // Who has heard enough closes.
+                let _ = stream.write_all(answer.as_bytes());
+                drop(stream);
+                let sent: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let want = serde_json::json!({"layer": "/l/7", "length": 4096, "inodes": [36, 42]});
+                assert_eq!(sent["pieces"], want);
+                asked.join().unwrap()
+            })
+        };
+        let known = answered(&format!("{{\"pieces\":[[\"{}\"],null]}}\n", digest(1)));
+        assert_eq!(known.unwrap(), [Some(vec![digest(1)]), None]);
+        let endless = "x".repeat(MAX_PIECES as usize + 1);
+        for bad in [
+            "{\"pieces\":[null]}\n",
+            "{\"pieces\":[[\"sha256:7\"],null]}\n",
+            "{\"error\":\"not the directory of a layer\",\"code\":\"NotFound\"}\n",
+            "{\"ok\":true}\n",
+            "",
+            &endless,
+        ] {
+            assert!(answered(bad).is_err(), "{}", &bad[..bad.len().min(100)]);
+        }
     }
 
     #[tokio::test]

@@ -1,6 +1,8 @@
 //! The digest of one file: a header in the order that Docker's tar sums have it (version 1: without
-//! the time), the extended attributes that belong to an image, then the contents.
+//! the time), the extended attributes that belong to an image, then the digest of the contents
+//! ([`crate::contents`]).
 
+use crate::contents::ContentHasher;
 use rustix::{
     fs::{FileType, Stat},
     io::Errno,
@@ -17,6 +19,9 @@ use std::{
 
 /// Bytes read at a time.
 const CHUNK: usize = 256 * 1024;
+/// What every digest of a file begins with. Digests are parts of cache keys, so whatever else they
+/// are made of needs another version.
+const VERSION: &[u8] = b"shipway file 2\0";
 
 /// What a file's digest depends on besides its contents, and what changes with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,10 +72,26 @@ impl Stamp {
     pub fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.mode)
     }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size.max(0).unsigned_abs()
+    }
+
+    /// Time of modification in nanoseconds.
+    pub fn mtime(&self) -> i64 {
+        self.mtime
+    }
 }
 
-/// The digest of the file, link, directory (without its children) or device at `full`.
-pub fn digest(full: &Path, stamp: &Stamp, buffer: &mut Vec<u8>) -> Result<Digest> {
+/// The digest of the file, link, directory (without its children) or device at `full`. A regular
+/// file is read unless the digest of its contents is `known`.
+pub fn digest(
+    full: &Path,
+    stamp: &Stamp,
+    known: Option<Digest>,
+    buffer: &mut Vec<u8>,
+) -> Result<Digest> {
     let failed = |e| Fault::io(format!("hash {}", full.display()), e);
     let kind = stamp.kind();
     let link = match kind {
@@ -96,11 +117,14 @@ pub fn digest(full: &Path, stamp: &Stamp, buffer: &mut Vec<u8>) -> Result<Digest
     let mut hasher = Hasher::new();
     header(&mut hasher, (mode, stamp.uid, stamp.gid, size), flag, link.as_bytes(), (major, minor));
     for (name, value) in xattrs(full).map_err(failed)? {
-        hasher.update(name);
-        hasher.update(value);
+        for part in [name, value] {
+            hasher.update((part.len() as u64).to_be_bytes());
+            hasher.update(part);
+        }
     }
-    if matches!(kind, FileType::RegularFile) {
-        contents(full, &mut hasher, buffer).map_err(failed)?;
+    if kind == FileType::RegularFile {
+        let contents = known.map_or_else(|| contents(full, buffer).map_err(failed), Ok)?;
+        hasher.update(contents.as_bytes());
     }
     Ok(hasher.finish())
 }
@@ -142,6 +166,7 @@ fn header(
     link: &[u8],
     (major, minor): (u32, u32),
 ) {
+    hasher.update(VERSION);
     hasher.update(format!("namemode{mode}uid{uid}gid{gid}size{size}typeflag{flag}linkname"));
     hasher.update(link);
     hasher.update(format!("unamegnamedevmajor{major}devminor{minor}"));
@@ -163,34 +188,39 @@ pub struct FileStat {
 }
 
 /// The digest of a regular file without extended attributes whose contents come piece by piece.
-pub struct FileHasher(Hasher);
+pub struct FileHasher {
+    header: Hasher,
+    contents: ContentHasher,
+}
 
 impl FileHasher {
     /// Starts the digest of a file with these attributes.
     pub fn new(file: &FileStat) -> Self {
         let mut hasher = Hasher::new();
         header(&mut hasher, (file.mode & 0o7777, file.uid, file.gid, file.size), '0', b"", (0, 0));
-        Self(hasher)
+        Self { header: hasher, contents: ContentHasher::default() }
     }
 
     /// Adds contents.
     pub fn update(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        self.contents.update(bytes);
     }
 
     /// The digest.
-    pub fn finish(self) -> Digest {
-        self.0.finish()
+    pub fn finish(mut self) -> Digest {
+        self.header.update(self.contents.finish().as_bytes());
+        self.header.finish()
     }
 }
 
-fn contents(full: &Path, hasher: &mut Hasher, buffer: &mut Vec<u8>) -> std::io::Result<()> {
+fn contents(full: &Path, buffer: &mut Vec<u8>) -> std::io::Result<Digest> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
     let mut file = File::options().read(true).custom_flags(flags).open(full)?;
+    let mut hasher = ContentHasher::default();
     buffer.resize(CHUNK, 0);
     loop {
         match file.read(buffer)? {
-            0 => return Ok(()),
+            0 => return Ok(hasher.finish()),
             n => hasher.update(&buffer[..n]),
         }
     }

@@ -1,12 +1,12 @@
 //! Checksums of parts of a tree, with a memory.
 
 use crate::{
-    PathFilter, PathVerdict, Selector,
+    KnownContents, PathFilter, PathVerdict, Selector, TreeFile, contents,
     hash::{FileStat, Stamp, digest},
     resolve::{missing, resolve},
 };
 use parking_lot::{Mutex, MutexGuard};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::Glob;
 use shipway_oci::{Digest, Hasher};
@@ -55,12 +55,37 @@ struct SelectedFile {
     /// Name that goes into the checksum.
     name: Vec<u8>,
     stamp: Stamp,
+    inode: u64,
+}
+
+impl SelectedFile {
+    fn of(path: PathBuf, name: Vec<u8>, inode: Inode) -> Self {
+        Self { path, name, stamp: inode.stamp, inode: inode.number }
+    }
+}
+
+/// What the walk keeps of an inode.
+#[derive(Clone, Copy)]
+struct Inode {
+    number: u64,
+    stamp: Stamp,
+}
+
+impl Inode {
+    fn of(stat: &Stat) -> Self {
+        Self { number: stat.st_ino, stamp: Stamp::of(stat) }
+    }
 }
 
 impl TreeIndex {
-    /// The checksum of what `selector` means in the tree at `root`. Blocks: call it off the async
-    /// threads.
-    pub fn checksum(&self, root: &Path, selector: &Selector) -> Result<Digest> {
+    /// The checksum of what `selector` means in the tree at `root`. Files are read, unless they were
+    /// before or `known` knows what is in them. Blocks: call it off the async threads.
+    pub fn checksum(
+        &self,
+        root: &Path,
+        selector: &Selector,
+        known: Option<&dyn KnownContents>,
+    ) -> Result<Digest> {
         let asked = Path::new(&selector.path);
         let contents_only = selector.path.len() > 1 && selector.path.ends_with('/');
         let mut found = Vec::new();
@@ -91,7 +116,7 @@ impl TreeIndex {
                 &mut found,
             )?;
         }
-        let digests = self.digests(root, &found)?;
+        let digests = self.digests(root, &found, known)?;
         if let ([only], [digest]) = (&found[..], &digests[..])
             && only.name.is_empty()
         {
@@ -129,28 +154,37 @@ impl TreeIndex {
         self.0.lock()
     }
 
-    /// The digests of files, from memory or by reading, several at a time.
-    fn digests(&self, root: &Path, found: &[SelectedFile]) -> Result<Vec<Digest>> {
+    /// The digests of files, from memory, of what is known of them or by reading, several at a
+    /// time.
+    fn digests(
+        &self,
+        root: &Path,
+        found: &[SelectedFile],
+        known: Option<&dyn KnownContents>,
+    ) -> Result<Vec<Digest>> {
         // Everything but a file's contents follows from what was read already.
         let is_file = |f: &SelectedFile| f.stamp.kind() == FileType::RegularFile;
         let places: Vec<Option<PathHash>> =
             found.iter().map(|f| is_file(f).then(|| PathHash::of(&f.path))).collect();
         let mut digests: Vec<Option<Digest>> = {
             let memory = self.memory();
-            let known = |(f, place): (&SelectedFile, &Option<PathHash>)| {
+            let remembered = |(f, place): (&SelectedFile, &Option<PathHash>)| {
                 memory.get(place.as_ref()?).filter(|(n, _)| *n == f.stamp.number())
             };
-            found.iter().zip(&places).map(|f| known(f).map(|(_, d)| *d)).collect()
+            found.iter().zip(&places).map(|f| remembered(f).map(|(_, d)| *d)).collect()
         };
         let todo: Vec<usize> = (0..found.len()).filter(|i| digests[*i].is_none()).collect();
+        let contents = match known {
+            Some(known) => known_contents(found, &todo, known),
+            None => HashMap::new(),
+        };
         let next = AtomicUsize::new(0);
         let work = || {
             let (mut done, mut buffer) = (Vec::new(), Vec::new());
             while let Some(i) = todo.get(next.fetch_add(1, Ordering::Relaxed)) {
-                done.push((
-                    *i,
-                    digest(&root.join(&found[*i].path), &found[*i].stamp, &mut buffer)?,
-                ));
+                let SelectedFile { path, stamp, .. } = &found[*i];
+                let known = contents.get(i).copied();
+                done.push((*i, digest(&root.join(path), stamp, known, &mut buffer)?));
             }
             Ok::<_, Fault>(done)
         };
@@ -181,6 +215,30 @@ impl TreeIndex {
     }
 }
 
+/// Digests of the contents of those of `found` at `todo` that somebody knows them of.
+fn known_contents(
+    found: &[SelectedFile],
+    todo: &[usize],
+    known: &dyn KnownContents,
+) -> HashMap<usize, Digest> {
+    // What is empty costs nothing to read.
+    let worth = |i: &usize| {
+        let stamp = &found[*i].stamp;
+        stamp.kind() == FileType::RegularFile && stamp.size() > 0
+    };
+    let asked: Vec<usize> = todo.iter().copied().filter(worth).collect();
+    let file = |i: &usize| {
+        let SelectedFile { path, stamp, inode, .. } = &found[*i];
+        TreeFile { path, inode: *inode, size: stamp.size(), mtime: stamp.mtime() }
+    };
+    let files: Vec<TreeFile<'_>> = asked.iter().map(file).collect();
+    let pieces = if files.is_empty() { Vec::new() } else { known.pieces(&files) };
+    let whole = |((i, file), pieces): ((usize, &TreeFile<'_>), Option<Vec<Digest>>)| {
+        Some((i, contents::of_pieces(file.size, &pieces?)?))
+    };
+    asked.into_iter().zip(&files).zip(pieces).filter_map(whole).collect()
+}
+
 /// Adds what is at `start` (a path without links) and below it, in path order.
 fn collect(
     root: &Path,
@@ -199,8 +257,7 @@ fn collect(
     let at = if start.as_os_str().is_empty() { Path::new(".") } else { start };
     let stat =
         rustix::fs::statat(&base, at, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(start, e))?;
-    let first =
-        SelectedFile { path: start.to_owned(), name: name.to_vec(), stamp: Stamp::of(&stat) };
+    let first = SelectedFile::of(start.to_owned(), name.to_vec(), Inode::of(&stat));
     if first.stamp.kind() != FileType::Directory {
         found.push(first);
         return Ok(());
@@ -217,7 +274,7 @@ fn collect(
         held: None,
     }];
     while let Some(dir) = stack.last_mut() {
-        let Some((child, stamp)) = dir.children.pop() else {
+        let Some((child, inode)) = dir.children.pop() else {
             stack.pop();
             continue;
         };
@@ -227,19 +284,17 @@ fn collect(
             relative.push(b'/');
         }
         relative.extend_from_slice(child.as_bytes());
-        let is_dir = stamp.kind() == FileType::Directory;
+        let is_dir = inode.stamp.kind() == FileType::Directory;
         let verdict = filter
             .map_or(PathVerdict::Take, |f| f.decide(&String::from_utf8_lossy(&relative), is_dir));
         let full_name = [name, b"/", &relative].concat();
         let mut held = None;
         match verdict {
             PathVerdict::Skip => continue,
-            PathVerdict::Descend => {
-                held = Some(SelectedFile { path: path.clone(), name: full_name, stamp })
-            }
+            PathVerdict::Descend => held = Some(SelectedFile::of(path.clone(), full_name, inode)),
             PathVerdict::Take => {
                 found.extend(stack.iter_mut().filter_map(|d| d.held.take()));
-                found.push(SelectedFile { path: path.clone(), name: full_name, stamp });
+                found.push(SelectedFile::of(path.clone(), full_name, inode));
             }
         }
         if is_dir {
@@ -255,13 +310,13 @@ struct Dir {
     path: PathBuf,
     relative: Vec<u8>,
     /// Children still to visit, last one first.
-    children: Vec<(CString, Stamp)>,
+    children: Vec<(CString, Inode)>,
     /// Its own entry, if it counts only with a child.
     held: Option<SelectedFile>,
 }
 
 /// The children of a directory, in reverse byte order.
-fn list(base: &impl std::os::fd::AsFd, path: &Path) -> Result<Vec<(CString, Stamp)>> {
+fn list(base: &impl std::os::fd::AsFd, path: &Path) -> Result<Vec<(CString, Inode)>> {
     let failed = |e: rustix::io::Errno| Fault::io(format!("list /{}", path.display()), e.into());
     let at = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -272,7 +327,7 @@ fn list(base: &impl std::os::fd::AsFd, path: &Path) -> Result<Vec<(CString, Stam
         let name = entry.file_name();
         if name.to_bytes() != b"." && name.to_bytes() != b".." {
             let stat = rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
-            children.push((name.to_owned(), Stamp::of(&stat)));
+            children.push((name.to_owned(), Inode::of(&stat)));
         }
     }
     children.sort_unstable_by(|a, b| b.0.cmp(&a.0));

@@ -2,10 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_treehash::{PathFilter, PathVerdict, Selector, TreeIndex};
+use shipway_oci::Digest;
+use shipway_treehash::{
+    FileHasher, FileStat, KnownContents, PIECE, PathFilter, PathVerdict, Selector, TreeFile,
+    TreeIndex,
+};
 use std::{
+    cell::RefCell,
     fs,
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::Path,
     sync::Arc,
 };
@@ -21,7 +26,7 @@ fn tree(root: &Path) {
 }
 
 fn sum(root: &Path, selector: &Selector) -> String {
-    TreeIndex::default().checksum(root, selector).unwrap().to_string()
+    TreeIndex::default().checksum(root, selector, None).unwrap().to_string()
 }
 
 #[test]
@@ -38,15 +43,15 @@ fn contents_and_modes_count_and_times_do_not() {
     }
     assert_eq!(sum(one.path(), &Selector::path("link")), sum(one.path(), &Selector::path("src")));
     let index = TreeIndex::default();
-    let before = index.checksum(two.path(), &Selector::path("src")).unwrap();
+    let before = index.checksum(two.path(), &Selector::path("src"), None).unwrap();
     fs::write(two.path().join("readme"), "other").unwrap();
-    assert_eq!(index.checksum(two.path(), &Selector::path("src")).unwrap(), before);
+    assert_eq!(index.checksum(two.path(), &Selector::path("src"), None).unwrap(), before);
     fs::set_permissions(two.path().join("src/a.go"), fs::Permissions::from_mode(0o600)).unwrap();
-    let changed = index.checksum(two.path(), &Selector::path("src")).unwrap();
+    let changed = index.checksum(two.path(), &Selector::path("src"), None).unwrap();
     assert_ne!(changed, before);
     fs::write(two.path().join("src/a.go"), "x").unwrap();
-    assert_ne!(index.checksum(two.path(), &Selector::path("src")).unwrap(), changed);
-    let missing = index.checksum(two.path(), &Selector::path("src/nothing")).unwrap_err();
+    assert_ne!(index.checksum(two.path(), &Selector::path("src"), None).unwrap(), changed);
+    let missing = index.checksum(two.path(), &Selector::path("src/nothing"), None).unwrap_err();
     assert!(missing.is_not_found());
     assert_eq!(missing.to_string(), "\"/src/nothing\": not found");
 }
@@ -97,8 +102,11 @@ fn a_malformed_pattern_fails_where_there_is_a_name_to_match() {
     let dir = tempfile::tempdir().unwrap();
     tree(dir.path());
     let checksum = |path: &str| {
-        TreeIndex::default()
-            .checksum(dir.path(), &Selector { wildcard: true, ..Selector::path(path) })
+        TreeIndex::default().checksum(
+            dir.path(),
+            &Selector { wildcard: true, ..Selector::path(path) },
+            None,
+        )
     };
     assert_eq!(checksum("src/[a-").unwrap_err().to_string(), "syntax error in pattern \"src/[a-\"");
     assert_eq!(checksum("none*/[a-").unwrap(), checksum("none*").unwrap());
@@ -130,4 +138,98 @@ fn filters_leave_out_files_and_empty_directories() {
     assert_ne!(narrow, before);
     fs::write(dir.path().join("src/deep/c.txt"), "changed").unwrap();
     assert_ne!(sum(dir.path(), &text), narrow);
+}
+
+/// Knows what is in some files, and notes which it was asked for.
+struct Known<'a> {
+    root: &'a Path,
+    knows: &'a dyn Fn(&Path) -> bool,
+    asked: RefCell<Vec<String>>,
+}
+
+impl KnownContents for Known<'_> {
+    fn pieces(&self, files: &[TreeFile<'_>]) -> Vec<Option<Vec<Digest>>> {
+        let pieces = |file: &TreeFile<'_>| {
+            let full = self.root.join(file.path);
+            let found = full.symlink_metadata().unwrap();
+            assert_eq!((file.inode, file.size), (found.ino(), found.size()));
+            self.asked.borrow_mut().push(file.path.display().to_string());
+            let bytes = fs::read(full).unwrap();
+            let pieces = bytes.chunks(PIECE as usize).map(Digest::of);
+            (self.knows)(file.path).then(|| pieces.collect())
+        };
+        files.iter().map(pieces).collect()
+    }
+}
+
+/// Whatever is known of files, and whether they are read from the disk or come as a stream: the
+/// checksums are the same. What is known is not read.
+#[test]
+fn known_and_read_contents_give_the_same_checksum() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    tree(root);
+    fs::write(root.join("src/empty"), "").unwrap();
+    let large: Vec<u8> = (0..2 * PIECE + 77).map(|n| (n * n >> 9) as u8).collect();
+    for size in [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 77] {
+        let path = root.join("src").join(size.to_string());
+        fs::write(&path, &large[..size as usize]).unwrap();
+        rustix::fs::lsetxattr(&path, "user.note", b"1", rustix::fs::XattrFlags::empty()).unwrap();
+    }
+    for path in ["/", "src", "src/", &format!("src/{}", 2 * PIECE + 77), "readme", "link"] {
+        let selector = Selector::path(path);
+        let read = TreeIndex::default().checksum(root, &selector, None).unwrap();
+        for (n, knows) in [&(|_: &Path| true) as &dyn Fn(&Path) -> bool, &|_| false, &|path| {
+            path.as_os_str().len() % 2 == 0
+        }]
+        .into_iter()
+        .enumerate()
+        {
+            let (index, known) =
+                (TreeIndex::default(), Known { root, knows, asked: RefCell::default() });
+            let sum = index.checksum(root, &selector, Some(&known)).unwrap();
+            assert_eq!(sum, read, "{path} with {n}");
+            let asked = known.asked.take();
+            assert!(!asked.is_empty() && !asked.iter().any(|p| p == "src/empty"), "{asked:?}");
+            // What is remembered is not asked for again.
+            assert_eq!(index.checksum(root, &selector, Some(&known)).unwrap(), read);
+            assert_eq!(known.asked.take(), Vec::<String>::new());
+        }
+    }
+    // One that comes as a stream.
+    let path = root.join("streamed");
+    fs::write(&path, &large).unwrap();
+    let found = path.symlink_metadata().unwrap();
+    let mut hasher = FileHasher::new(&FileStat {
+        size: found.size() as i64,
+        mode: found.mode(),
+        uid: found.uid(),
+        gid: found.gid(),
+        mtime: 0,
+    });
+    large.chunks(1_000_003).for_each(|part| hasher.update(part));
+    assert_eq!(hasher.finish().to_string(), sum(root, &Selector::path("streamed")));
+}
+
+/// What is said to be known is not read, and is not taken if it cannot be.
+#[test]
+fn nothing_is_read_of_what_is_known() {
+    struct Says(Vec<Digest>);
+    impl KnownContents for Says {
+        fn pieces(&self, files: &[TreeFile<'_>]) -> Vec<Option<Vec<Digest>>> {
+            vec![Some(self.0.clone()); files.len()]
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    tree(dir.path());
+    let selector = Selector::path("readme");
+    let says = |pieces: Vec<Digest>| {
+        TreeIndex::default().checksum(dir.path(), &selector, Some(&Says(pieces))).unwrap()
+    };
+    let read = TreeIndex::default().checksum(dir.path(), &selector, None).unwrap();
+    assert_eq!(says(vec![Digest::of("r")]), read);
+    assert_ne!(says(vec![Digest::of("x")]), read);
+    // A file of a byte has one piece.
+    assert_eq!(says(vec![Digest::of("x"); 2]), read);
+    assert_eq!(says(Vec::new()), read);
 }
