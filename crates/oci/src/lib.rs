@@ -12,6 +12,7 @@ mod digest;
 pub mod gojson;
 mod name;
 mod network;
+pub mod pattern;
 mod platform;
 pub mod timestamp;
 mod xattr;
