@@ -5,13 +5,14 @@ use crate::{
     export::mounts::{self, MountRequests},
     finalize::Finalizing,
     parts::EngineParts,
-    pipeline,
+    permit, pipeline,
     request::{BuildRequest, BuildResponse, ExporterRequest},
 };
 use parking_lot::Mutex;
 use shipway_attest::AttestOptions;
 use shipway_fault::{Code, Fault, Result};
 use shipway_history::{ExporterRecord, StartedBuild};
+use shipway_identity::Caller;
 use shipway_oci::Digest;
 use shipway_ops::JobData;
 use shipway_progress::Journal;
@@ -45,12 +46,21 @@ const MAX_RECENT: usize = 64;
 
 struct EngineInner {
     parts: Arc<EngineParts>,
-    /// Journals of running builds. The channel only wakes those who wait for one to begin.
-    running: Mutex<HashMap<String, (Journal, Instant)>>,
-    recent: Mutex<VecDeque<(Instant, String, Journal)>>,
+    /// Running builds. The channel only wakes those who wait for one to begin.
+    running: Mutex<HashMap<String, Followed>>,
+    recent: Mutex<VecDeque<(Instant, String, Followed)>>,
     begun: watch::Sender<u64>,
     shared: Shared,
     finalizing: Arc<Finalizing>,
+}
+
+/// A build that can be followed.
+#[derive(Clone)]
+struct Followed {
+    journal: Journal,
+    began: Instant,
+    /// Whose it is, where that matters.
+    owner: Option<Arc<str>>,
 }
 
 /// Builds. Clones share it.
@@ -69,12 +79,11 @@ pub enum Progress {
 struct Running {
     engine: Arc<EngineInner>,
     id: String,
-    journal: Journal,
+    followed: Followed,
     recorded: bool,
     done: bool,
     trace: Option<TraceRecording>,
     frontend: String,
-    began: Instant,
 }
 
 impl Running {
@@ -88,15 +97,15 @@ impl Running {
         let code = failure.map_or_else(String::new, |fault| format!("{:?}", fault.code()));
         let frontend = self.frontend.clone();
         meter::BUILDS.add(BuildKind { frontend, status, code });
-        meter::BUILD_TIMES.add(status, self.began.elapsed());
+        meter::BUILD_TIMES.add(status, self.followed.began.elapsed());
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.journal.close();
+        self.followed.journal.close();
         self.engine.running.lock().remove(&self.id);
-        self.engine.remember(self.id.clone(), self.journal.clone());
+        self.engine.remember(self.id.clone(), self.followed.clone());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             let engine = Arc::downgrade(&self.engine);
             shipway_task::spawn_on(&runtime, "forget a build's progress", async move {
@@ -112,7 +121,7 @@ impl Drop for Running {
         // Dropped before its end: the client disconnected.
         if self.recorded && !self.done {
             let (engine, id, journal) =
-                (self.engine.clone(), self.id.clone(), self.journal.clone());
+                (self.engine.clone(), self.id.clone(), self.followed.journal.clone());
             let trace = self.trace.take();
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
                 shipway_task::spawn_on(&runtime, "record a cancelled build", async move {
@@ -128,10 +137,10 @@ impl Drop for Running {
 }
 
 impl EngineInner {
-    /// Keeps a closed journal for a moment.
-    fn remember(&self, id: String, journal: Journal) {
+    /// Keeps a build whose journal is closed for a moment.
+    fn remember(&self, id: String, followed: Followed) {
         let mut recent = self.recent.lock();
-        recent.push_back((Instant::now(), id, journal));
+        recent.push_back((Instant::now(), id, followed));
         if recent.len() > MAX_RECENT {
             recent.pop_front();
         }
@@ -145,17 +154,15 @@ impl EngineInner {
         }
     }
 
-    /// The journal of a build that runs or ended a moment ago.
-    fn live(&self, id: &str) -> Option<Journal> {
-        if let Some((journal, _)) = self.running.lock().get(id) {
-            return Some(journal.clone());
-        }
-        self.recent
-            .lock()
-            .iter()
-            .rev()
-            .find(|(_, known, _)| known == id)
-            .map(|(.., journal)| journal.clone())
+    /// The journal of a build that runs or ended a moment ago, if `caller` may see it.
+    fn live(&self, id: &str, caller: &Caller) -> Option<Journal> {
+        let running = self.running.lock().get(id).cloned();
+        let recent = || {
+            let recent = self.recent.lock();
+            recent.iter().rev().find(|(_, known, _)| known == id).map(|(.., f)| f.clone())
+        };
+        let found = running.or_else(recent)?;
+        caller.sees(found.owner.as_deref()).then_some(found.journal)
     }
 }
 
@@ -179,7 +186,7 @@ impl Engine {
 
     /// The ids of the builds that run, and since when each does.
     pub fn running(&self) -> Vec<(String, Instant)> {
-        self.0.running.lock().iter().map(|(id, (_, began))| (id.clone(), *began)).collect()
+        self.0.running.lock().iter().map(|(id, build)| (id.clone(), build.began)).collect()
     }
 
     /// Builds. Dropping the future cancels the build: what no other build needs is stopped and
@@ -198,6 +205,7 @@ impl Engine {
         let parts = &self.0.parts;
         let entitlements = request.entitlements(&parts.entitlements, &parts.networks)?;
         let cache_mounts = MountRequests::take(&mut request)?;
+        permit::caches(parts, &request, &cache_mounts)?;
         parts.cache_backends.check_exports(&request.cache_exports)?;
         let wanted = AttestOptions::parse(&request.options)?;
         let exporters = request
@@ -205,7 +213,9 @@ impl Engine {
             .iter()
             .map(|e| parts.exporters.resolve(&e.kind, &e.attrs))
             .collect::<Result<Vec<_>>>()?;
-        let sessions = SessionGroup::new(parts.sessions.clone(), [request.session.clone()]);
+        permit::exports(&request.caller, &exporters, None)?;
+        let hub = parts.sessions.of_owner(request.caller.owner().cloned());
+        let sessions = SessionGroup::new(hub, [request.session.clone()]);
         let clients = CacheClients { all: sessions.clone(), own: request.session.clone() };
         let journal = Journal::new();
         let data = JobData {
@@ -257,10 +267,15 @@ impl Engine {
 
     fn begin(&self, request: &BuildRequest, journal: Journal) -> Result<Running> {
         let mut all = self.0.running.lock();
-        if all.contains_key(&request.id) {
+        let past = self.0.parts.history.summary(&request.id);
+        // A name that is used again takes the place of the build that had it.
+        let others = past.is_some_and(|s| !request.caller.owns(s.owner.as_deref()));
+        if others || all.contains_key(&request.id) {
             return Err(Fault::new(Code::AlreadyExists, format!("job ID {} exists", request.id)));
         }
-        all.insert(request.id.clone(), (journal.clone(), Instant::now()));
+        let owner = request.caller.owner().cloned();
+        let followed = Followed { journal, began: Instant::now(), owner };
+        all.insert(request.id.clone(), followed.clone());
         drop(all);
         if !request.internal {
             let exporter = |e: &ExporterRequest| ExporterRecord {
@@ -269,6 +284,7 @@ impl Engine {
             };
             self.0.parts.history.started(&StartedBuild {
                 id: request.id.clone(),
+                owner: followed.owner.as_deref().map(str::to_owned),
                 frontend: request.frontend.clone(),
                 options: shipway_remotecache::without_secrets(&request.options),
                 exporters: request.exporters.iter().map(exporter).collect(),
@@ -278,12 +294,11 @@ impl Engine {
         Ok(Running {
             engine: self.0.clone(),
             id: request.id.clone(),
-            journal,
+            followed,
             recorded: !request.internal,
             done: false,
             trace: self.record_trace().filter(|_| !request.internal),
             frontend: request.frontend.clone(),
-            began: Instant::now(),
         })
     }
 
@@ -305,15 +320,18 @@ impl Engine {
         self.0.finalizing.hurry_all().await;
     }
 
-    /// How to follow the build `id`, which may be about to begin.
-    pub async fn progress(&self, id: &str) -> Result<Progress> {
+    /// How `caller` can follow the build `id`, which may be about to begin. Builds of others are
+    /// not found.
+    pub async fn progress(&self, id: &str, caller: &Caller) -> Result<Progress> {
         let mut begun = self.0.begun.subscribe();
         let find = async {
             loop {
-                if let Some(journal) = self.0.live(id) {
+                if let Some(journal) = self.0.live(id, caller) {
                     return Some(Progress::Live(journal));
                 }
-                if let Some(log) = self.0.parts.history.summary(id).and_then(|s| s.log) {
+                let past = self.0.parts.history.summary(id);
+                let past = past.filter(|s| caller.sees(s.owner.as_deref()));
+                if let Some(log) = past.and_then(|s| s.log) {
                     return Some(Progress::Past(log.digest));
                 }
                 if begun.changed().await.is_err() {

@@ -4,7 +4,10 @@ pub(crate) mod caches;
 pub(crate) mod mounts;
 pub(crate) mod verify;
 
-use crate::build::{Build, BuildScope};
+use crate::{
+    build::{Build, BuildScope},
+    permit,
+};
 use shipway_buildcache::room_was_made;
 use shipway_exporters::{
     ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finalizers, Response,
@@ -175,7 +178,7 @@ pub(crate) async fn chosen_by_client(
     scope: &BuildScope,
     result: &FrontendResult,
 ) -> Result<Vec<Arc<dyn Exporter>>> {
-    let session = scope.parts.sessions.get(&scope.session).await?;
+    let session = scope.data.sessions.hub().get(&scope.session).await?;
     let states = result.single.iter().flatten().chain(result.map.values().flatten());
     let refs = states.map(|s| s.id().to_owned()).collect();
     let chosen = session.find_exporters(result.metadata.clone(), refs).await?;
@@ -277,6 +280,7 @@ pub(crate) async fn run_all(
     caches: &[CacheRequest],
     input: &ExportInput,
 ) -> Result<(Response, BTreeMap<usize, Descriptor>)> {
+    permit::exports(&scope.caller, exporters, Some(&input.metadata))?;
     let vertices: Vec<ExportVertex<'_>> =
         exporters.iter().enumerate().map(|(i, e)| ExportVertex::new(scope, i, e)).collect();
     let each = vertices.iter().map(|v| v.export(scope, caches, input.clone()));

@@ -20,6 +20,7 @@ mod finalize;
 mod frontends;
 mod image_frontends;
 mod parts;
+mod permit;
 mod pipeline;
 mod provenance;
 mod request;

@@ -25,7 +25,7 @@ pub(crate) async fn run(
     exporters: Vec<Arc<dyn Exporter>>,
 ) -> Result<BuildResponse> {
     let scope = &build.scope;
-    caches::import_all(scope, &request.cache_imports);
+    caches::import_all(scope, &request.cache_imports)?;
     let call = FrontendCall {
         frontend: request.frontend.clone(),
         options: request.options.clone(),
@@ -45,7 +45,8 @@ pub(crate) async fn run(
     let mut _registration = None;
     let result: FrontendResult = if request.definition.is_none() && request.frontend.is_empty() {
         let (driven, returned) = GatewayBuild::new(Arc::new(bridge));
-        _registration = Some(scope.parts.builds.register(&scope.id, driven.clone()));
+        let owner = scope.caller.owner().cloned();
+        _registration = Some(scope.parts.builds.register(&scope.id, owner, driven.clone()));
         let returned = returned_by_client(scope, returned).await;
         driven.release_containers().await;
         returned?
@@ -126,7 +127,7 @@ async fn finish(
         attestations::record(scope, &how.wanted, &attested).await?
     };
     if how.by_session {
-        let session = scope.parts.sessions.get(&scope.session).await?;
+        let session = scope.data.sessions.hub().get(&scope.session).await?;
         session.finalize_export(response.clone()).await?;
     }
     let metadata = result
@@ -144,7 +145,7 @@ async fn returned_by_client(
     returned: oneshot::Receiver<Result<FrontendResult>>,
 ) -> Result<FrontendResult> {
     let gone = async {
-        match scope.parts.sessions.get(&scope.session).await {
+        match scope.data.sessions.hub().get(&scope.session).await {
             Ok(session) => session.closed().await,
             // A build without a session can still be driven.
             Err(_) => std::future::pending().await,

@@ -3,6 +3,7 @@
 use shipway_fault::{Fault, Result};
 use shipway_frontend::FrontendOptions;
 use shipway_history::FinishedBuild;
+use shipway_identity::{Action, Caller};
 use shipway_llb::{Definition, SourcePolicy};
 use shipway_oci::NetworkName;
 use shipway_ops::{Entitlements, NetworkGrants};
@@ -69,6 +70,8 @@ pub struct BuildRequest {
     pub cache_exports: Vec<CacheRequest>,
     /// Caches to import.
     pub cache_imports: Vec<CacheRequest>,
+    /// Who asks for it.
+    pub caller: Caller,
 }
 
 /// How a build ended well.
@@ -105,6 +108,7 @@ impl BuildRequest {
     ) -> Result<Entitlements> {
         let mut granted = Entitlements { networks: networks.clone(), ..Entitlements::default() };
         for asked in &self.entitlements {
+            self.caller.check(Action::Entitlement(asked))?;
             if let Some(network) = NetworkName::of_entitlement(asked) {
                 networks.find(&network)?;
                 granted.networks.allowed.insert(network);

@@ -5,7 +5,7 @@ use crate::{
     image, learn,
     lease::ExportLease,
     options::{Attrs, ImageOptions},
-    port::{ExportContext, ExportInput, Exported, Exporter, Response},
+    port::{ExportContext, ExportInput, ExportTarget, Exported, Exporter, Response},
     services::ExportServices,
     tarball::Tarball,
     writer::{Writer, Written},
@@ -176,6 +176,11 @@ impl ArchiveExporter {
 
 #[async_trait]
 impl Exporter for ArchiveExporter {
+    /// What it makes is the client's.
+    fn targets(&self, _: Option<&BTreeMap<String, Vec<u8>>>) -> Vec<ExportTarget> {
+        Vec::new()
+    }
+
     fn name(&self) -> &str {
         match self.variant {
             Variant::Oci => "exporting to oci image format",
@@ -207,7 +212,7 @@ impl Exporter for ArchiveExporter {
         let input = learn::prepared(&self.options, input, &self.inner, cx).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;
-        let session = self.inner.hub.get(&cx.session).await?;
+        let session = cx.sessions.hub().get(&cx.session).await?;
         let lease = ExportLease::new(&self.inner.refs.storage().leases, &cx.build, cx.index);
         let writer = Writer {
             refs: &self.inner.refs,

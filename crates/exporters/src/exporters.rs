@@ -11,7 +11,6 @@ use shipway_executor::Executor;
 use shipway_fault::{Fault, Result, nearest};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
-use shipway_session::SessionHub;
 use std::{collections::BTreeMap, sync::Arc};
 
 type Attrs = BTreeMap<String, String>;
@@ -24,8 +23,8 @@ const KINDS: [(&str, Constructor); 5] = [
     ("image", |inner, attrs| Ok(Arc::new(ImageExporter::new(inner, attrs)?))),
     ("oci", |inner, attrs| Ok(Arc::new(ArchiveExporter::new(inner, Variant::Oci, attrs)?))),
     ("docker", |inner, attrs| Ok(Arc::new(ArchiveExporter::new(inner, Variant::Docker, attrs)?))),
-    ("local", |inner, attrs| Ok(Arc::new(LocalExporter::new(inner, attrs)?))),
-    ("tar", |inner, attrs| Ok(Arc::new(TarExporter::new(inner, attrs)?))),
+    ("local", |_, attrs| Ok(Arc::new(LocalExporter::new(attrs)?))),
+    ("tar", |_, attrs| Ok(Arc::new(TarExporter::new(attrs)?))),
 ];
 
 /// All exporters. Clones share what they work with.
@@ -41,18 +40,16 @@ impl Exporters {
     /// of `replaceable`, in which `*` stands for anything. Images in the store go to the namespaces
     /// of `publishing`, too, and get the blobs that they do without when `lazy_blobs` says. Results
     /// that are to be optimized are run by `executor`.
-    #[allow(clippy::too_many_arguments)]
     pub fn new(
         refs: RefStore,
         registry: Registry,
-        hub: SessionHub,
         replaceable: Vec<String>,
         publishing: Publishing,
         lazy_blobs: LazyBlobs,
         executor: Arc<dyn Executor>,
     ) -> Self {
         let inner =
-            ExportServices { refs, registry, hub, replaceable, publishing, lazy_blobs, executor };
+            ExportServices { refs, registry, replaceable, publishing, lazy_blobs, executor };
         Self { inner: Arc::new(inner) }
     }
 

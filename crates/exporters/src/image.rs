@@ -6,7 +6,8 @@ use crate::{
     lease::ExportLease,
     options::{Attrs, ImageOptions},
     port::{
-        ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Response, StateWatcher,
+        ExportContext, ExportInput, ExportPlatform, ExportTarget, Exported, Exporter, Response,
+        StateWatcher,
     },
     publish::{PINNED, Publication, ahead::Ahead, target::Target},
     push::{self, Blobs, PushOptions},
@@ -265,6 +266,23 @@ fn with_canonical(names: &[String], canonical: bool, digest: Digest) -> Vec<(Str
 impl Exporter for ImageExporter {
     fn name(&self) -> &str {
         "exporting to image"
+    }
+
+    fn targets(&self, metadata: Option<&BTreeMap<String, Vec<u8>>>) -> Vec<ExportTarget> {
+        let mut all = metadata.cloned().unwrap_or_default();
+        all.extend(self.metadata.clone());
+        let mut names = self.options.names(&all);
+        // `*` is the name that the frontend gives.
+        names.retain(|name| metadata.is_some() || name != "*");
+        let pushed = names.iter().filter(|_| self.push.is_some()).cloned().map(ExportTarget::Push);
+        let dangling = self.dangling.iter().map(|dangling| dangling.prefix.clone());
+        let stored = names.iter().cloned().chain(dangling).filter(|_| self.store);
+        let default = &self.inner.publishing.default;
+        let namespaces = self.publish.iter().map(|(name, _)| name.clone());
+        pushed
+            .chain(stored.map(ExportTarget::Store))
+            .chain(namespaces.filter(|n| !default.contains(n)).map(ExportTarget::Namespace))
+            .collect()
     }
 
     fn wants_layers(&self) -> Option<Compression> {

@@ -27,8 +27,8 @@ mod writer;
 pub use exporters::Exporters;
 pub use hollow::LazyBlobs;
 pub use port::{
-    Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exported, Exporter,
-    Finalizers, Maker, Response, StateWatcher,
+    Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, ExportTarget, Exported,
+    Exporter, Finalizers, Maker, Response, StateWatcher,
 };
 pub use publish::Publishing;
 pub use writer::is_internal;

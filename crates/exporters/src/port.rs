@@ -119,11 +119,26 @@ impl Finalizers {
 /// soon as the build has made it.
 pub type StateWatcher = Arc<dyn Fn(&ImmutableRef) + Send + Sync>;
 
+/// Where an export goes that is not the client's own.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ExportTarget {
+    /// A name of an image in containerd.
+    Store(String),
+    /// A name of an image in a registry.
+    Push(String),
+    /// A further namespace of containerd, which the configuration does not name.
+    Namespace(String),
+}
+
 /// An exporter with its attributes checked.
 #[async_trait]
 pub trait Exporter: Send + Sync {
     /// Name of its progress vertex, such as `exporting to image`.
     fn name(&self) -> &str;
+
+    /// Where the export goes, given what the frontend says with its result; before that is known
+    /// (`None`), as far as the attributes say.
+    fn targets(&self, metadata: Option<&BTreeMap<String, Vec<u8>>>) -> Vec<ExportTarget>;
 
     /// Whether layers will be needed compressed, so that compression may begin while later steps
     /// run.

@@ -4,14 +4,12 @@ use crate::{LazyBlobs, Publishing};
 use shipway_executor::Executor;
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
-use shipway_session::SessionHub;
 use std::sync::Arc;
 
 /// What all exporters of the daemon share.
 pub(crate) struct ExportServices {
     pub refs: RefStore,
     pub registry: Registry,
-    pub hub: SessionHub,
     /// Names of images that may be replaced although CRI manages them and they are not ours; `*`
     /// stands for anything.
     pub replaceable: Vec<String>,

@@ -3,8 +3,7 @@
 
 use crate::{
     options::{Attrs, Epoch},
-    port::{ExportAttestation, ExportContext, ExportInput, Exported, Exporter},
-    services::ExportServices,
+    port::{ExportAttestation, ExportContext, ExportInput, ExportTarget, Exported, Exporter},
     statements,
 };
 use async_trait::async_trait;
@@ -52,25 +51,22 @@ impl TreeOptions {
 }
 
 pub(crate) struct LocalExporter {
-    inner: Arc<ExportServices>,
     options: TreeOptions,
 }
 
 pub(crate) struct TarExporter {
-    inner: Arc<ExportServices>,
     options: TreeOptions,
 }
 
 impl LocalExporter {
-    pub fn new(inner: Arc<ExportServices>, attrs: &BTreeMap<String, String>) -> Result<Self> {
-        Ok(Self { inner, options: TreeOptions::new(attrs)? })
+    pub fn new(attrs: &BTreeMap<String, String>) -> Result<Self> {
+        Ok(Self { options: TreeOptions::new(attrs)? })
     }
 }
 
 impl TarExporter {
-    pub fn new(inner: Arc<ExportServices>, attrs: &BTreeMap<String, String>) -> Result<Self> {
-        let options = TreeOptions::new(attrs)?;
-        Ok(Self { inner, options })
+    pub fn new(attrs: &BTreeMap<String, String>) -> Result<Self> {
+        Ok(Self { options: TreeOptions::new(attrs)? })
     }
 }
 
@@ -240,12 +236,17 @@ fn send_options(epoch: Option<SystemTime>) -> SendOptions {
 
 #[async_trait]
 impl Exporter for LocalExporter {
+    /// What it makes is the client's.
+    fn targets(&self, _: Option<&BTreeMap<String, Vec<u8>>>) -> Vec<ExportTarget> {
+        Vec::new()
+    }
+
     fn name(&self) -> &str {
         "exporting to client directory"
     }
 
     async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Exported> {
-        let session = self.inner.hub.get(&cx.session).await?;
+        let session = cx.sessions.hub().get(&cx.session).await?;
         let parts = self.options.parts(&input).await?;
         let split = self.options.split(&input);
         let epoch = self.options.epoch.whole(&input)?;
@@ -291,13 +292,18 @@ impl Exporter for LocalExporter {
 
 #[async_trait]
 impl Exporter for TarExporter {
+    /// What it makes is the client's.
+    fn targets(&self, _: Option<&BTreeMap<String, Vec<u8>>>) -> Vec<ExportTarget> {
+        Vec::new()
+    }
+
     fn name(&self) -> &str {
         "exporting to client tarball"
     }
 
     async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Exported> {
         let split = self.options.split(&input);
-        let session = self.inner.hub.get(&cx.session).await?;
+        let session = cx.sessions.hub().get(&cx.session).await?;
         let parts = self.options.parts(&input).await?;
         if !split && parts.len() > 1 {
             check_parts_apart(&input, &parts).await?;

@@ -5,8 +5,8 @@
 
 use shipway_executor::fake::FakeExecutor;
 use shipway_exporters::{
-    ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, LazyBlobs, Publishing,
-    StateWatcher,
+    ExportContext, ExportInput, ExportPlatform, ExportTarget, Exporter, Exporters, LazyBlobs,
+    Publishing, StateWatcher,
 };
 use shipway_fault::Fault;
 use shipway_oci::{Digest, Platform};
@@ -42,7 +42,6 @@ impl Lab {
         let exporters = Exporters::new(
             refs.clone(),
             Registry::new(Default::default()),
-            hub.clone(),
             Vec::new(),
             publishing,
             LazyBlobs::Now,
@@ -257,4 +256,42 @@ async fn images_that_may_get_no_name_are_not_published_ahead() {
         assert!(lab.exporter(more).watcher("build", 0).is_none(), "{more:?}");
     }
     assert!(lab.exporter(&[]).watcher("build", 0).is_some());
+}
+
+#[tokio::test]
+async fn where_an_export_goes_is_known_before_it_goes_there() {
+    use ExportTarget::{Namespace, Push, Store};
+    let lab = Lab::new(FakeNamespaces::new()).await;
+    let targets = |kind: &str, attrs: &[(&str, &str)], metadata: Option<&[(&str, &str)]>| {
+        let owned = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
+        let exporter = lab.exporters.resolve(kind, &attrs.iter().map(owned).collect()).unwrap();
+        let metadata = metadata
+            .map(|all| all.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect());
+        let mut targets = exporter.targets(metadata.as_ref());
+        targets.sort();
+        targets
+    };
+    let store = |name: &str| Store(name.to_owned());
+    let push = |name: &str| Push(name.to_owned());
+    let none: Option<&[(&str, &str)]> = None;
+    assert_eq!(targets("image", &[("name", "a,b")], none), [store("a"), store("b")]);
+    assert_eq!(targets("image", &[("name", "a"), ("push", "true")], none), [store("a"), push("a")]);
+    let only = [("name", "a"), ("push", "true"), ("store", "false")];
+    assert_eq!(targets("image", &only, none), [push("a")]);
+    // The frontend's name counts where it is wanted, unless the attributes have one.
+    let (frontends, any) = (Some(&[("image.name", "f,g")][..]), [("name", "*")]);
+    assert!(targets("image", &any, none).is_empty());
+    assert_eq!(targets("image", &any, frontends), [store("f"), store("g")]);
+    assert_eq!(targets("image", &[("name", "a")], frontends), [store("a")]);
+    let given = [("name", "*"), ("image.name", "own")];
+    for metadata in [none, frontends] {
+        assert_eq!(targets("image", &given, metadata), [store("own")]);
+    }
+    assert_eq!(targets("image", &[("dangling-name-prefix", "d")], none), [store("d")]);
+    // Namespaces of the configuration are no matter of the build's.
+    let spaces = [("name", "a"), ("namespaces", "k8s.io,own,other")];
+    assert_eq!(targets("image", &spaces, none), [store("a"), Namespace("other".to_owned())]);
+    for kind in ["oci", "docker", "local", "tar"] {
+        assert!(targets(kind, &[("name", "a")], frontends).is_empty(), "{kind}");
+    }
 }

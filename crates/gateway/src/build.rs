@@ -5,6 +5,7 @@ use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{Bridge, BuildRef, Container, FrontendResult};
 use shipway_grpc::HealthService;
+use shipway_identity::Caller;
 use shipway_proto::{
     MAX_MESSAGE,
     grpc::health::v1::health_server::HealthServer,
@@ -146,9 +147,12 @@ impl GatewayBuild {
     }
 }
 
+/// A build with its owner, where that matters.
+type Owned = (Option<Arc<str>>, Arc<GatewayBuild>);
+
 /// The running builds that a client drives, by `Solve.Ref`.
 #[derive(Clone)]
-pub struct Builds(Arc<watch::Sender<HashMap<String, Arc<GatewayBuild>>>>);
+pub struct Builds(Arc<watch::Sender<HashMap<String, Owned>>>);
 
 impl Default for Builds {
     fn default() -> Self {
@@ -187,19 +191,29 @@ impl Drop for Registration {
 }
 
 impl Builds {
-    /// Makes `build` reachable as `id`.
-    pub fn register(&self, id: &str, build: Arc<GatewayBuild>) -> Registration {
+    /// Makes `build`, which is `owner`'s, reachable as `id`.
+    pub fn register(
+        &self,
+        id: &str,
+        owner: Option<Arc<str>>,
+        build: Arc<GatewayBuild>,
+    ) -> Registration {
         self.0.send_modify(|m| {
-            m.insert(id.to_owned(), build);
+            m.insert(id.to_owned(), (owner, build));
         });
         Registration { builds: self.clone(), id: id.to_owned() }
     }
 
-    /// The build `id`, which may be about to be registered.
-    pub async fn get(&self, id: &str) -> Result<Arc<GatewayBuild>> {
+    /// The build `id` of `caller`, which may be about to be registered. Only who has begun a build
+    /// drives it: administrators see those of others, and no more.
+    pub async fn get(&self, id: &str, caller: &Caller) -> Result<Arc<GatewayBuild>> {
         let mut changes = self.0.subscribe();
+        let find = |m: &HashMap<String, Owned>| {
+            let (owner, build) = m.get(id)?;
+            caller.owns(owner.as_deref()).then(|| build.clone())
+        };
         let found = tokio::time::timeout(GRACE, async {
-            changes.wait_for(|m| m.contains_key(id)).await.ok().and_then(|m| m.get(id).cloned())
+            changes.wait_for(|m| find(m).is_some()).await.ok().and_then(|m| find(&m))
         })
         .await;
         found.ok().flatten().ok_or_else(|| {
@@ -214,6 +228,8 @@ mod tests {
     use super::*;
     use futures::{FutureExt as _, future::BoxFuture};
     use shipway_frontend::{FrontendOptions, SolveRequest, SourceMeta, SourceRequest, Warning};
+    use shipway_grpc::Peer;
+    use shipway_identity::{Allow, AuthConfig, Authenticator, Patterns, Policy};
     use shipway_llb::Definition;
     use shipway_oci::Platform;
     use shipway_proto::grpc::health::v1::{
@@ -266,6 +282,37 @@ mod tests {
 
         fn warn(&self, _: Warning) -> BoxFuture<'_, Result<()>> {
             async move { Ok(()) }.boxed()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_build_is_driven_by_its_owner_only() {
+        let policy = Policy {
+            name: "all".into(),
+            subject: Patterns::new(["*"]),
+            allow: Allow { admin: true, ..Allow::default() },
+            ..Policy::default()
+        };
+        let config = AuthConfig { policy: vec![policy], ..AuthConfig::default() };
+        let auth = Authenticator::new(config).unwrap();
+        let user = async |uid| {
+            let peer = Peer { uid: Some(uid), ..Peer::default() };
+            auth.caller(&peer, &Default::default()).await.unwrap()
+        };
+        let (ann, bob, everybody) = (user(7).await, user(8).await, Caller::unrestricted());
+        let (builds, (build, _returned)) =
+            (Builds::default(), GatewayBuild::new(Arc::new(Nothing)));
+        let _own = builds.register("own", ann.owner().cloned(), build.clone());
+        let _open = builds.register("open", None, build);
+        for (id, caller, found) in [
+            ("own", &ann, true),
+            // Who administers the daemon sees builds of others, and does not drive them.
+            ("own", &bob, false),
+            ("open", &bob, false),
+            ("open", &everybody, true),
+            ("none", &everybody, false),
+        ] {
+            assert_eq!(builds.get(id, caller).await.is_ok(), found, "{id} {caller:?}");
         }
     }
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{CacheImport, FrontendResult, SolveRequest, SourceRequest, Warning, Worker};
 use shipway_grpc::{fault_of, platform_to_wire, status_of};
+use shipway_identity::Caller;
 use shipway_llb::{Caps, Definition, ResolveOptions};
 use shipway_proto::moby::buildkit::v1::{
     apicaps::ApiCap,
@@ -87,7 +88,8 @@ impl BridgeService {
         if id.is_empty() {
             return Err(status_of(&Fault::invalid("no buildid found in context")));
         }
-        let build = builds.get(&id).await.map_err(|f| status_of(&f))?;
+        let caller = Caller::of(request.extensions()).map_err(|f| status_of(&f))?.clone();
+        let build = builds.get(&id, &caller).await.map_err(|f| status_of(&f))?;
         Ok((build, request.into_inner()))
     }
 }

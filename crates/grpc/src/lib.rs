@@ -22,8 +22,10 @@
 //! Dependencies worth a word: `prost-reflect` writes the error details as JSON from their
 //! descriptors, which Go clients expect; `listenfd` adopts systemd's sockets without `unsafe`;
 //! `tokio-rustls` is what tonic uses, and is named here because TLS belongs to single listeners and
-//! not to the whole server.
+//! not to the whole server; `x509-parser` reads the names in clients' certificates, which rustls
+//! verifies and does not show.
 
+mod certificate;
 mod details;
 mod duplex;
 pub mod headers;
@@ -36,6 +38,7 @@ mod tls;
 mod traced;
 mod tunnel;
 
+pub use certificate::PeerCertificate;
 pub use details::Program;
 pub use duplex::{Answers, Duplex, Frame, FrameSink, frames};
 pub use health::HealthService;

@@ -25,7 +25,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, server::Connected};
 
-use crate::{ClientTls, ServerTls, tls::ReloadedTls, tuned};
+use crate::{ClientTls, PeerCertificate, ServerTls, tls::ReloadedTls, tuned};
 
 /// Connections accepted but not yet taken by the server.
 const BACKLOG: usize = 64;
@@ -99,11 +99,13 @@ pub struct ListenOptions {
     pub gid: Option<u32>,
     /// TLS for TCP sockets; unix sockets never use it.
     pub tls: Option<ServerTls>,
+    /// Whether the server asks callers who they are, so that being reachable gives no rights.
+    pub authenticated: bool,
 }
 
 impl Default for ListenOptions {
     fn default() -> Self {
-        Self { mode: 0o660, uid: None, gid: None, tls: None }
+        Self { mode: 0o660, uid: None, gid: None, tls: None, authenticated: false }
     }
 }
 
@@ -140,13 +142,13 @@ impl Listener {
             Address::Unix(path) => bind_unix(path, options).await.context(what)?,
             Address::Tcp(host) => {
                 let listener = TcpListener::bind(host).await.map_err(|e| Fault::io(what(), e))?;
-                if let Some(risk) = risk(options.tls.as_ref()) {
+                if let Some(risk) = risk(options) {
                     tracing::warn!(%address, "{risk}");
                 }
                 Socket::Tcp(listener, tls()?.map(Arc::new))
             }
             Address::Activated => {
-                return activated(options.tls.as_ref(), tls()?.map(Arc::new));
+                return activated(options, tls()?.map(Arc::new));
             }
         };
         Ok(vec![Self { socket, address: address.clone() }])
@@ -221,10 +223,11 @@ fn make_public(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What is wrong with a TCP socket under `tls`: it has no owner and no mode that would keep anybody
-/// out.
-fn risk(tls: Option<&ServerTls>) -> Option<&'static str> {
-    match tls {
+/// What is wrong with a TCP socket under these options: it has no owner and no mode that would keep
+/// anybody out.
+fn risk(options: &ListenOptions) -> Option<&'static str> {
+    match &options.tls {
+        _ if options.authenticated => None,
         None => Some("TLS is not enabled: anyone who can reach this address controls the daemon"),
         Some(ServerTls { client_ca: None, .. }) => Some(
             "clients need no certificate (no CA is given): anyone who can reach this address controls the daemon",
@@ -233,7 +236,7 @@ fn risk(tls: Option<&ServerTls>) -> Option<&'static str> {
     }
 }
 
-fn activated(tls: Option<&ServerTls>, reloaded: Option<Arc<ReloadedTls>>) -> Result<Vec<Listener>> {
+fn activated(options: &ListenOptions, reloaded: Option<Arc<ReloadedTls>>) -> Result<Vec<Listener>> {
     let mut fds = listenfd::ListenFd::from_env();
     let mut listeners = Vec::new();
     for index in 0..fds.len() {
@@ -249,7 +252,7 @@ fn activated(tls: Option<&ServerTls>, reloaded: Option<Arc<ReloadedTls>>) -> Res
             _ => {
                 let Some(tcp) = fds.take_tcp_listener(index).map_err(failed)? else { continue };
                 tcp.set_nonblocking(true).map_err(failed)?;
-                if let Some(risk) = risk(tls) {
+                if let Some(risk) = risk(options) {
                     tracing::warn!(address = ?tcp.local_addr().ok(), "{risk}");
                 }
                 Socket::Tcp(TcpListener::from_std(tcp).map_err(failed)?, reloaded.clone())
@@ -359,10 +362,16 @@ impl Connection {
 pub struct Peer {
     /// User, on a unix socket.
     pub uid: Option<u32>,
+    /// Group of the user's process, on a unix socket.
+    pub gid: Option<u32>,
     /// Process, on a unix socket.
     pub pid: Option<i32>,
     /// Address, on TCP.
     pub address: Option<SocketAddr>,
+    /// Whether nobody between the two can read along: TLS.
+    pub encrypted: bool,
+    /// The client's certificate, which the authority of the listener has issued.
+    pub certificate: Option<Arc<PeerCertificate>>,
 }
 
 impl Connected for Connection {
@@ -371,12 +380,24 @@ impl Connected for Connection {
     fn connect_info(&self) -> Peer {
         match &self.stream {
             Stream::Unix(stream) => match stream.peer_cred() {
-                Ok(cred) => Peer { uid: Some(cred.uid()), pid: cred.pid(), address: None },
+                Ok(cred) => Peer {
+                    uid: Some(cred.uid()),
+                    gid: Some(cred.gid()),
+                    pid: cred.pid(),
+                    ..Peer::default()
+                },
                 Err(_) => Peer::default(),
             },
             Stream::Tcp(stream) => Peer { address: stream.peer_addr().ok(), ..Peer::default() },
             Stream::Tls(stream) => {
-                Peer { address: stream.get_ref().0.peer_addr().ok(), ..Peer::default() }
+                let (tcp, tls) = stream.get_ref();
+                let shown = tls.peer_certificates().and_then(|chain| chain.first());
+                Peer {
+                    address: tcp.peer_addr().ok(),
+                    encrypted: true,
+                    certificate: shown.and_then(|der| PeerCertificate::of(der)).map(Arc::new),
+                    ..Peer::default()
+                }
             }
         }
     }

@@ -29,6 +29,9 @@ pub struct ServerTls {
     pub key: PathBuf,
     /// PEM file with the authorities that clients' certificates must come from.
     pub client_ca: Option<PathBuf>,
+    /// Whether clients may do without a certificate all the same, because callers are asked who
+    /// they are.
+    pub client_optional: bool,
 }
 
 /// What a client needs for TLS.
@@ -63,9 +66,13 @@ impl ServerTls {
                     roots.add(cert).map_err(|e| broken("use the TLS client authority", ca, e))?;
                 }
                 let verifier =
-                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                        .build()
-                        .map_err(|e| broken("use the TLS client authority", ca, e))?;
+                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+                let verifier = match self.client_optional {
+                    true => verifier.allow_unauthenticated(),
+                    false => verifier,
+                };
+                let verifier =
+                    verifier.build().map_err(|e| broken("use the TLS client authority", ca, e))?;
                 builder.with_client_cert_verifier(verifier)
             }
         };
@@ -187,8 +194,12 @@ pub(crate) mod tests {
 
     /// Files of a certificate for `name` in `dir`.
     pub(crate) fn pair(dir: &Path, name: &str) -> ServerTls {
-        let files =
-            ServerTls { cert: dir.join("cert.pem"), key: dir.join("key.pem"), client_ca: None };
+        let files = ServerTls {
+            cert: dir.join("cert.pem"),
+            key: dir.join("key.pem"),
+            client_ca: None,
+            client_optional: false,
+        };
         let (cert, key) = made(name);
         put(&files.cert, &cert);
         put(&files.key, &key);

@@ -93,6 +93,8 @@ pub struct ExporterRecord {
 pub struct StartedBuild {
     /// Its id.
     pub id: String,
+    /// Whose it is, where the daemon asks callers who they are.
+    pub owner: Option<String>,
     /// Its frontend; empty for none.
     pub frontend: String,
     /// Options of the frontend.
@@ -117,6 +119,9 @@ pub struct FinishedBuild {
 pub struct HistoryRecord {
     /// Its id.
     pub id: String,
+    /// Whose it is, where the daemon asks callers who they are.
+    #[serde(default)]
+    pub owner: Option<String>,
     /// Its frontend; empty for builds driven by a client (row `so.h.resp`).
     pub frontend: String,
     /// Its options.
@@ -180,6 +185,8 @@ pub enum HistoryStatus {
 pub struct HistorySummary {
     /// Its id.
     pub id: String,
+    /// Whose it is, where the daemon asks callers who they are.
+    pub owner: Option<String>,
     /// When it began.
     pub created: SystemTime,
     /// When it ended.
@@ -202,6 +209,7 @@ impl Default for HistorySummary {
     fn default() -> Self {
         Self {
             id: String::new(),
+            owner: None,
             created: SystemTime::UNIX_EPOCH,
             completed: None,
             status: HistoryStatus::Running,
@@ -218,6 +226,7 @@ impl HistorySummary {
     fn of(record: &HistoryRecord) -> Self {
         Self {
             id: record.id.clone(),
+            owner: record.owner.clone(),
             created: record.created,
             completed: record.completed,
             status: match (&record.error, record.completed) {
@@ -285,7 +294,9 @@ pub struct History {
     syncer: Syncer,
 }
 
-fn unknown(id: &str) -> Fault {
+/// The fault that a build is not in the history.
+#[track_caller]
+pub fn unknown(id: &str) -> Fault {
     Fault::not_found(format!("no build {id} in the history"))
 }
 
@@ -345,6 +356,7 @@ impl History {
         };
         let record = HistoryRecord {
             id: build.id.clone(),
+            owner: build.owner.clone(),
             exporters: build.exporters.iter().map(exporter).collect(),
             frontend: clip::clipped(&build.frontend, clip::MAX_VALUE),
             options,
@@ -548,17 +560,25 @@ impl History {
 
     /// Whether `digest` is a log, an error or a predicate of a build, and its size.
     pub fn knows(&self, digest: Digest) -> Option<u64> {
-        self.entries
-            .lock()
-            .values()
-            .flat_map(|e| &e.summary.files)
-            .find(|f| f.digest == digest)
-            .map(|f| f.size)
+        self.knows_of(digest, |_| true)
     }
 
-    /// What builds wrote into the content store: manifests and indexes.
-    pub fn written(&self) -> HashSet<Digest> {
-        self.entries.lock().values().flat_map(|e| e.summary.written.iter().copied()).collect()
+    /// [`knows`](Self::knows), of the builds that are `visible`.
+    pub fn knows_of(
+        &self,
+        digest: Digest,
+        visible: impl Fn(&HistorySummary) -> bool,
+    ) -> Option<u64> {
+        let entries = self.entries.lock();
+        let all = entries.values().map(|e| &e.summary).filter(|s| visible(s));
+        all.flat_map(|s| &s.files).find(|f| f.digest == digest).map(|f| f.size)
+    }
+
+    /// What builds that are `visible` wrote into the content store: manifests and indexes.
+    pub fn written(&self, visible: impl Fn(&HistorySummary) -> bool) -> HashSet<Digest> {
+        let entries = self.entries.lock();
+        let all = entries.values().map(|e| &e.summary).filter(|s| visible(s));
+        all.flat_map(|s| s.written.iter().copied()).collect()
     }
 
     /// A log, an error or a predicate, if `digest` is one and its bytes are what its name says.

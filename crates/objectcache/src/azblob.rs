@@ -170,11 +170,11 @@ impl Service for AzBlob {
         "exporting cache to Azure Blob Storage"
     }
 
-    fn place(&self, attributes: &CacheAttributes) -> Result<String> {
+    fn places(&self, attributes: &CacheAttributes) -> Result<Vec<String>> {
         let config =
             self.config(attributes).map_err(|f| f.context("failed to create azblob config"))?;
-        let keys: Vec<String> = config.names.iter().map(|n| config.manifest_key(n)).collect();
-        Ok(format!("{} {keys:?}", config.container))
+        let place = |name: &String| format!("{}/{}", config.container, config.manifest_key(name));
+        Ok(config.names.iter().map(place).collect())
     }
 
     async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>> {

@@ -136,10 +136,12 @@ impl Service for Gha {
         "exporting to GitHub Actions Cache"
     }
 
-    fn place(&self, attributes: &CacheAttributes) -> Result<String> {
+    fn places(&self, attributes: &CacheAttributes) -> Result<Vec<String>> {
         let config = Config::of(attributes)?;
         let token = Token::parse(&config.token, SystemTime::now())?;
-        Ok(format!("{} {}", config.url, index_key(&config.scope, token.writable())))
+        let (url, key) =
+            (config.url.trim_end_matches('/'), index_key(&config.scope, token.writable()));
+        Ok(vec![format!("{url}/{key}")])
     }
 
     async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>> {

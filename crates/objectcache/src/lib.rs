@@ -60,9 +60,9 @@ pub trait Service: Send + Sync {
     /// What an export is called in progress.
     fn title(&self) -> &'static str;
 
-    /// Checks the attributes of a request. Gives the place that they name: equal places are one
-    /// cache.
-    fn place(&self, attributes: &CacheAttributes) -> Result<String>;
+    /// Checks the attributes of a request. Gives the places that they name, as addresses: equal
+    /// places are one cache.
+    fn places(&self, attributes: &CacheAttributes) -> Result<Vec<String>>;
 
     /// The cache that the attributes name, for one import or one export. Nothing is sent yet.
     async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>>;

@@ -88,10 +88,10 @@ impl Service for S3 {
         "exporting cache to Amazon S3"
     }
 
-    fn place(&self, attributes: &CacheAttributes) -> Result<String> {
+    fn places(&self, attributes: &CacheAttributes) -> Result<Vec<String>> {
         let config = self.config(attributes)?;
-        let keys: Vec<String> = config.names.iter().map(|n| config.manifest_key(n)).collect();
-        Ok(format!("{} {keys:?}", config.base))
+        let place = |name: &String| format!("{}/{}", config.base, config.manifest_key(name));
+        Ok(config.names.iter().map(place).collect())
     }
 
     async fn open(&self, attributes: &CacheAttributes) -> Result<Arc<dyn ObjectCache>> {

@@ -14,7 +14,7 @@ use shipway_cachemounts::{Direction, Place, Request};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_registry::Registry;
-use shipway_session::{SessionGroup, SessionHub, SessionId};
+use shipway_session::{SessionGroup, SessionId};
 use shipway_sources::Remote;
 use std::{collections::HashSet, sync::Arc};
 
@@ -57,6 +57,10 @@ pub trait CacheBackend: Send + Sync {
     fn export_title(&self) -> String {
         format!("exporting cache to {}", self.kind())
     }
+
+    /// The places that `request` means, as policies name them; none where it is the client's own.
+    /// Secrets are no part of them.
+    fn places(&self, request: &CacheRequest) -> Result<Vec<String>>;
 
     /// Checks a request to export, before anything is built. Gives what no other export of the
     /// build may give, too: the place it goes to.
@@ -131,14 +135,14 @@ pub trait CacheWriter: Send + Sync {
 pub struct Backends(Vec<Box<dyn CacheBackend>>);
 
 impl Backends {
-    /// All kinds, on these registries and clients.
-    pub fn new(registry: Registry, sessions: SessionHub) -> Self {
+    /// All kinds, on these registries.
+    pub fn new(registry: Registry) -> Self {
         let mut all: Vec<Box<dyn CacheBackend>> = Vec::new();
         for service in shipway_objectcache::services(registry.denied()) {
             all.push(Box::new(objects::ObjectBackend(service.into())));
         }
         all.push(Box::new(registry::RegistryBackend(registry)));
-        all.push(Box::new(client::ClientBackend(sessions)));
+        all.push(Box::new(client::ClientBackend));
         Self(all)
     }
 
@@ -156,6 +160,34 @@ impl Backends {
     ) -> Result<Arc<dyn Place>> {
         let unknown = || Fault::unimplemented(format!("cache mounts in a {} cache", request.kind));
         self.of(&request.kind).ok_or_else(unknown)?.mounts(request, clients, direction).await
+    }
+
+    /// The places that `request` means, with their kind in front, as policies name them:
+    /// `registry:example.org/cache:main`. A cache in the client's own directory, or in an image,
+    /// has none.
+    pub fn places(&self, request: &CacheRequest) -> Result<Vec<String>> {
+        // Kinds that are not known are refused where they are used.
+        let Some(backend) = self.of(&request.kind) else { return Ok(Vec::new()) };
+        let places = backend.places(request)?;
+        Ok(places.into_iter().map(|place| format!("{}:{place}", request.kind)).collect())
+    }
+
+    /// [`places`](Self::places) of the contents of cache mounts: under the key that is written, or
+    /// what the names of all that may be read begin with.
+    pub fn mount_places(&self, request: &Request, direction: Direction) -> Result<Vec<String>> {
+        let name = match direction {
+            Direction::Save => request.keys.exact(),
+            Direction::Restore => &request.base,
+        };
+        let mut cache = CacheRequest::from(request);
+        if let Some(reference) = cache.attrs.get_mut("ref") {
+            let image: ImageName = reference
+                .parse()
+                .map_err(|e| Fault::invalid(format!("failed to parse {reference}: {e}")))?;
+            *reference = format!("{}:{name}", image.locator());
+        }
+        cache.attrs.insert("name".to_owned(), name.to_owned());
+        self.places(&cache)
     }
 
     /// The one that `request` to import names.
@@ -205,7 +237,7 @@ mod tests {
 
     #[test]
     fn doubles_and_unknown_kinds_are_refused_before_the_build() {
-        let backends = Backends::new(Registry::new(Default::default()), SessionHub::new());
+        let backends = Backends::new(Registry::new(Default::default()));
         let request = |kind: &str, attrs: &[(&str, &str)]| CacheRequest {
             kind: kind.into(),
             attrs: attrs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
@@ -228,6 +260,19 @@ mod tests {
         assert!(say(&[request("gha", &[])]).contains("token not set"));
         assert!(say(&[request("azblob", &[])]).contains("account_url attribute is required"));
         let s3 = |name| request("s3", &[("bucket", "b"), ("region", "r"), ("name", name)]);
+        let places = |r: &CacheRequest| backends.places(r).unwrap();
+        assert_eq!(
+            places(&s3("a;b")),
+            [
+                "s3:https://b.s3.r.amazonaws.com/manifests/a",
+                "s3:https://b.s3.r.amazonaws.com/manifests/b"
+            ]
+        );
+        let short = request("registry", &[("ref", "a/b")]);
+        assert_eq!(places(&short), ["registry:docker.io/a/b:latest"]);
+        for own in [local("a"), request("inline", &[])] {
+            assert!(places(&own).is_empty(), "{own:?}");
+        }
         assert!(say(&[s3("a"), s3("a")]).contains("duplicate cache exports [s3]"));
         assert_eq!(say(&[s3("a"), s3("b")]), "");
         assert!(say(&[request("s3", &[])]).contains("bucket ($AWS_BUCKET) not set"));

@@ -59,9 +59,13 @@ impl From<&str> for SessionId {
     }
 }
 
-/// All attached clients. Cheap to clone.
+/// All attached clients, or those of one owner. Cheap to clone.
 #[derive(Clone, Default)]
-pub struct SessionHub(Arc<Hub>);
+pub struct SessionHub {
+    hub: Arc<Hub>,
+    /// Whose sessions are found; all if there is none.
+    owner: Option<Arc<str>>,
+}
 
 #[derive(Default)]
 struct Hub {
@@ -75,6 +79,7 @@ pub struct Session(Arc<Attached>);
 
 struct Attached {
     id: SessionId,
+    owner: Option<Arc<str>>,
     name: String,
     shared_key: String,
     /// Lower case.
@@ -86,6 +91,18 @@ impl SessionHub {
     /// An empty hub.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same hub, in which only the sessions of `owner` are found; all of them if there is none.
+    /// What is attached through it belongs to `owner`.
+    #[must_use]
+    pub fn of_owner(&self, owner: Option<Arc<str>>) -> Self {
+        Self { hub: self.hub.clone(), owner }
+    }
+
+    /// Whether the session is found here.
+    fn sees(&self, session: &Session) -> bool {
+        self.owner.is_none() || session.0.owner == self.owner
     }
 
     /// Attaches the client that calls `Control.Session` with `metadata`; the answer ends when the
@@ -122,9 +139,20 @@ impl SessionHub {
                 headers::SESSION_ID
             )));
         }
+        // An id is nobody's before it is used; while it is, another owner cannot take its place.
+        let taken = || {
+            let known = self.lock().get(&SessionId(id.into())).cloned();
+            known.is_some_and(|s| !s.is_closed() && !self.sees(&s))
+        };
+        let refused =
+            || Err(Fault::new(Code::PermissionDenied, format!("session {id} is somebody else's")));
+        if taken() {
+            return refused();
+        }
         let methods = metadata.get_all(headers::SESSION_METHOD).iter().take(MAX_METHODS);
         let session = Session(Arc::new(Attached {
             id: SessionId(id.into()),
+            owner: self.owner.clone(),
             name: text(headers::SESSION_NAME).to_owned(),
             shared_key: text(headers::SESSION_SHARED_KEY).to_owned(),
             methods: methods.filter_map(|m| m.to_str().ok()).map(str::to_lowercase).collect(),
@@ -132,8 +160,18 @@ impl SessionHub {
         }));
         let policy = HealthPolicy::of(text(headers::SESSION_HEALTH_TIMEOUT));
         tracing::debug!(session = %session.id(), name = session.name(), "session attached");
-        self.lock().insert(session.id().clone(), session.clone());
-        self.0.changed.notify_waiters();
+        {
+            let mut sessions = self.lock();
+            // Somebody else may have come first meanwhile.
+            let known = sessions.get(session.id()).filter(|s| !s.is_closed());
+            if known.is_some_and(|known| !self.sees(known)) {
+                drop(sessions);
+                session.close();
+                return refused();
+            }
+            sessions.insert(session.id().clone(), session.clone());
+        }
+        self.hub.changed.notify_waiters();
 
         let span = tracing::info_span!("session", id = %session.id());
         shipway_task::spawn_in(span, self.clone().watch(session.clone(), policy));
@@ -152,7 +190,7 @@ impl SessionHub {
             sessions.remove(session.id());
         }
         drop(sessions);
-        self.0.changed.notify_waiters();
+        self.hub.changed.notify_waiters();
         tracing::debug!("session ended");
     }
 
@@ -160,7 +198,7 @@ impl SessionHub {
     pub async fn get(&self, id: &SessionId) -> Result<Session> {
         let found = async {
             loop {
-                let changed = self.0.changed.notified();
+                let changed = self.hub.changed.notified();
                 tokio::pin!(changed);
                 changed.as_mut().enable();
                 if let Some(session) = self.try_get(id) {
@@ -180,7 +218,7 @@ impl SessionHub {
 
     /// The session `id`, if it is attached now.
     pub fn try_get(&self, id: &SessionId) -> Option<Session> {
-        self.lock().get(id).filter(|s| !s.is_closed()).cloned()
+        self.lock().get(id).filter(|s| !s.is_closed() && self.sees(s)).cloned()
     }
 
     /// Number of attached sessions.
@@ -201,7 +239,7 @@ impl SessionHub {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Session>> {
-        self.0.sessions.lock()
+        self.hub.sessions.lock()
     }
 }
 

@@ -393,6 +393,31 @@ async fn a_newer_session_takes_the_place_of_an_older_one() {
     new.closed().await;
 }
 
+#[tokio::test]
+async fn a_session_is_its_owners_and_its_id_is_not_taken_over() {
+    let all = SessionHub::new();
+    let of = |name: &str| all.of_owner(Some(name.into()));
+    let (anns, bobs) = (of("ann"), of("bob"));
+    let client = Client::new();
+    let (session, task) = client.attach(&anns, &Client::metadata("s")).await;
+    let found = |hub: &SessionHub| hub.try_get(session.id()).is_some();
+    assert!(found(&anns) && found(&all) && !found(&bobs));
+    let group = SessionGroup::new(bobs.clone(), [session.id().clone()]);
+    assert!(group.hub().try_get(session.id()).is_none());
+    let fault = bobs.register(&Client::metadata("s"), tokio::io::duplex(1 << 16).0).await;
+    let fault = fault.expect_err("the id is in use");
+    assert_eq!(
+        (fault.code(), fault.to_string().contains("somebody else's")),
+        (Code::PermissionDenied, true)
+    );
+    assert!(found(&anns) && !session.is_closed());
+    // One that has ended may be anybody's again.
+    task.abort();
+    session.closed().await;
+    let (other, _task) = client.attach(&bobs, &Client::metadata("s")).await;
+    assert!(bobs.try_get(other.id()).is_some() && anns.try_get(other.id()).is_none());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_that_does_not_answer_is_detached() {
     let hub = SessionHub::new();

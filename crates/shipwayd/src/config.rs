@@ -34,6 +34,8 @@ pub struct Config {
     pub log: Log,
     /// Sockets.
     pub grpc: Grpc,
+    /// Who may call, and what each may do.
+    pub auth: Option<shipway_identity::AuthConfig>,
     /// Traces.
     pub otel: Otel,
     /// Devices of the host in steps.

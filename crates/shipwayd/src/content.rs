@@ -2,10 +2,12 @@
 //! builds wrote, and the logs of finished builds. The namespace may be shared, for
 //! example with Kubernetes: its other images are not served.
 
+use crate::control::caller;
 use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
 use shipway_history::History;
+use shipway_identity::Caller;
 use shipway_oci::{Descriptor, Digest};
 use shipway_proto::containerd::services::content::v1 as wire;
 use shipway_refs::{DOCUMENT_KIND, RefStore};
@@ -45,6 +47,7 @@ struct Document {
 }
 
 /// What may be read.
+#[derive(Default)]
 struct Ours {
     /// Blobs of cached layers.
     cached: HashSet<Digest>,
@@ -82,10 +85,15 @@ impl ContentService {
         Self { storage, refs, history, parts: Mutex::default() }
     }
 
-    async fn ours(&self) -> Result<Ours> {
+    /// What `caller` may read: where that is not everything, what their own builds wrote, and
+    /// nothing of the cache, which has what others built.
+    async fn ours(&self, caller: &Caller) -> Result<Ours> {
+        let mut roots = self.history.written(|s| caller.sees(s.owner.as_deref()));
+        if !caller.sees(None) {
+            return Ok(Ours { written: self.parts_of_all(&roots).await?, ..Ours::default() });
+        }
         let (label, value) = DOCUMENT_KIND;
         let documents = self.storage.leases.list(&[format!("labels.\"{label}\"=={value}")]).await?;
-        let mut roots = self.history.written();
         // The history forgets; an image that was built here says so itself.
         roots.extend(
             self.storage
@@ -96,16 +104,21 @@ impl ContentService {
                 .filter(|i| i.built().is_some())
                 .map(|i| i.target.digest),
         );
-        let mut written = Vec::with_capacity(roots.len());
-        for root in &roots {
-            written.push(self.parts_of(*root).await?);
-        }
+        let written = self.parts_of_all(&roots).await?;
         self.parts.lock().retain(|root, _| roots.contains(root));
         Ok(Ours {
             cached: self.refs.blobs_kept(),
             documents: documents.into_iter().map(|l| l.id).collect(),
             written,
         })
+    }
+
+    async fn parts_of_all(&self, roots: &HashSet<Digest>) -> Result<Vec<Arc<HashSet<Digest>>>> {
+        let mut all = Vec::with_capacity(roots.len());
+        for root in roots {
+            all.push(self.parts_of(*root).await?);
+        }
+        Ok(all)
     }
 
     /// Everything that `root`, which a build wrote, leads to.
@@ -136,16 +149,29 @@ impl ContentService {
     }
 
     /// Refuses what is not ours, as if it were not there.
-    async fn check(&self, digest: Digest) -> Result<(), Status> {
-        match self.ours().await {
+    async fn check(&self, digest: Digest, caller: &Caller) -> Result<(), Status> {
+        match self.ours(caller).await {
             Ok(ours) if ours.contains(digest) => Ok(()),
             Ok(_) => Err(Status::not_found(format!("content {digest}: not found"))),
             Err(fault) => Err(status_of(&fault)),
         }
     }
 
-    /// The file of the history with this digest, if there is one.
-    async fn file(&self, digest: Digest) -> Result<Option<tokio::fs::File>, Status> {
+    /// The length of the file of the history with this digest, if there is one that `caller` may
+    /// see.
+    fn size_of_file(&self, digest: Digest, caller: &Caller) -> Option<u64> {
+        self.history.knows_of(digest, |s| caller.sees(s.owner.as_deref()))
+    }
+
+    /// The file of the history with this digest, if there is one that `caller` may see.
+    async fn file(
+        &self,
+        digest: Digest,
+        caller: &Caller,
+    ) -> Result<Option<tokio::fs::File>, Status> {
+        if self.size_of_file(digest, caller).is_none() {
+            return Ok(None);
+        }
         let history = self.history.clone();
         let open = move || history.open_file(digest);
         let opened = shipway_task::blocking("open a file of the history", open).await;
@@ -164,11 +190,12 @@ async fn send(
 #[tonic::async_trait]
 impl wire::content_server::Content for ContentService {
     async fn info(&self, request: Request<wire::InfoRequest>) -> Answer<wire::InfoResponse> {
-        let digest = digest(&request.into_inner().digest)?;
-        let (size, labels) = match self.history.knows(digest) {
+        let (caller, request) = (caller(&request)?, request.into_inner());
+        let digest = digest(&request.digest)?;
+        let (size, labels) = match self.size_of_file(digest, &caller) {
             Some(size) => (size, Default::default()),
             None => {
-                self.check(digest).await?;
+                self.check(digest, &caller).await?;
                 let info = self.storage.content.info(digest).await.map_err(|f| status_of(&f))?;
                 (info.size, info.labels)
             }
@@ -185,13 +212,13 @@ impl wire::content_server::Content for ContentService {
     type ReadStream = Chunks;
 
     async fn read(&self, request: Request<wire::ReadContentRequest>) -> Answer<Chunks> {
-        let request = request.into_inner();
+        let (caller, request) = (caller(&request)?, request.into_inner());
         let digest = digest(&request.digest)?;
         let offset =
             u64::try_from(request.offset).map_err(|_| Status::out_of_range("negative offset"))?;
         let limit = if request.size > 0 { request.size as u64 } else { u64::MAX };
         let (tx, rx) = tokio::sync::mpsc::channel(4);
-        if let Some(mut file) = self.file(digest).await? {
+        if let Some(mut file) = self.file(digest, &caller).await? {
             let fail = |e| status_of(&Fault::io(format!("read the log {digest}"), e));
             file.seek(std::io::SeekFrom::Start(offset)).await.map_err(fail)?;
             shipway_task::spawn("send a file", async move {
@@ -208,7 +235,7 @@ impl wire::content_server::Content for ContentService {
             });
             return Ok(Response::new(ReceiverStream::new(rx)));
         }
-        self.check(digest).await?;
+        self.check(digest, &caller).await?;
         let mut reader = self.storage.content.reader(digest).await.map_err(|f| status_of(&f))?;
         if offset > reader.size() {
             return Err(Status::out_of_range(format!(
@@ -242,13 +269,10 @@ impl wire::content_server::Content for ContentService {
     type ListStream = ReceiverStream<std::result::Result<wire::ListContentResponse, Status>>;
 
     async fn list(&self, request: Request<wire::ListContentRequest>) -> Answer<Self::ListStream> {
-        let mut blobs = self
-            .storage
-            .content
-            .list(&request.into_inner().filters)
-            .await
-            .map_err(|f| status_of(&f))?;
-        let ours = self.ours().await.map_err(|f| status_of(&f))?;
+        let (caller, request) = (caller(&request)?, request.into_inner());
+        let mut blobs =
+            self.storage.content.list(&request.filters).await.map_err(|f| status_of(&f))?;
+        let ours = self.ours(&caller).await.map_err(|f| status_of(&f))?;
         blobs.retain(|b| ours.contains(b.digest));
         let (tx, rx) = tokio::sync::mpsc::channel(4);
         shipway_task::spawn("list blobs", async move {
@@ -308,6 +332,13 @@ mod tests {
     use tokio_stream::StreamExt as _;
     use wire::content_server::Content as _;
 
+    /// A request of a daemon that asks nobody who they are.
+    fn asked<T>(message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.extensions_mut().insert(Caller::unrestricted());
+        request
+    }
+
     #[tokio::test]
     async fn what_others_have_in_the_namespace_is_not_served() {
         let (fake, dir) = (FakeStorage::new().unwrap(), tempfile::tempdir().unwrap());
@@ -328,16 +359,13 @@ mod tests {
         put(shipway_sources::document_lease(document), kind, b"ours").await;
 
         let info = async |digest: Digest| {
-            service
-                .info(Request::new(wire::InfoRequest { digest: digest.to_string() }))
-                .await
-                .map(drop)
+            service.info(asked(wire::InfoRequest { digest: digest.to_string() })).await.map(drop)
         };
         assert_eq!(info(theirs).await.unwrap_err().code(), tonic::Code::NotFound);
         info(document).await.unwrap();
         let read = async |digest: Digest| {
             service
-                .read(Request::new(wire::ReadContentRequest {
+                .read(asked(wire::ReadContentRequest {
                     digest: digest.to_string(),
                     ..Default::default()
                 }))
@@ -346,11 +374,8 @@ mod tests {
         };
         assert_eq!(read(theirs).await.unwrap_err().code(), tonic::Code::NotFound);
         read(document).await.unwrap();
-        let mut listed = service
-            .list(Request::new(wire::ListContentRequest::default()))
-            .await
-            .unwrap()
-            .into_inner();
+        let mut listed =
+            service.list(asked(wire::ListContentRequest::default())).await.unwrap().into_inner();
         let mut digests = Vec::new();
         while let Some(part) = listed.next().await {
             digests.extend(part.unwrap().info.into_iter().map(|i| i.digest));

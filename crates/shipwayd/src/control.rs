@@ -5,6 +5,7 @@ use parking_lot::Mutex;
 use shipway_engine::{BuildPolicy, BuildRequest, Engine, ExporterRequest, Progress};
 use shipway_fault::{Fault, Result};
 use shipway_grpc::{Answers, headers::DAEMON_GONE, status_of};
+use shipway_identity::Caller;
 use shipway_llb::{Definition, SourcePolicy};
 use shipway_proto::{
     moby::buildkit::v1::{self as wire, control_server::Control},
@@ -57,6 +58,11 @@ pub struct ControlService {
     pub drain: Drain,
 }
 
+/// Who makes the request.
+pub fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    Caller::of(request.extensions()).cloned().map_err(|f| status_of(&f))
+}
+
 /// The status of a build that failed because the daemon ends.
 fn gone(fault: &Fault) -> Status {
     let mut status = status_of(fault);
@@ -97,7 +103,7 @@ fn exporters(request: &wire::SolveRequest) -> Vec<ExporterRequest> {
     all
 }
 
-fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
+fn build_request(mut request: wire::SolveRequest, caller: Caller) -> Result<BuildRequest> {
     check_compatibility(request.compatibility_version)?;
     let policy = BuildPolicy {
         rules: request
@@ -153,6 +159,7 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
         },
         cache_exports,
         cache_imports,
+        caller,
     })
 }
 
@@ -261,7 +268,10 @@ impl Control for ControlService {
     }
 
     async fn solve(&self, request: Request<wire::SolveRequest>) -> Answer<wire::SolveResponse> {
-        let request = build_request(request.into_inner()).map_err(|f| status_of(&f))?;
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let caller = caller.in_build(&request.r#ref);
+        let request = build_request(request, caller).map_err(|f| status_of(&f))?;
         tracing::Span::current().record("shipway.build", &*request.id);
         let trace = shipway_telemetry::current();
         // As BuildKit calls it (row `ob.log`).
@@ -295,8 +305,9 @@ impl Control for ControlService {
     type StatusStream = Sent<wire::StatusResponse>;
 
     async fn status(&self, request: Request<wire::StatusRequest>) -> Answer<Self::StatusStream> {
-        let progress =
-            self.engine.progress(&request.into_inner().r#ref).await.map_err(|f| status_of(&f))?;
+        let (caller, request) = (caller(&request)?, request.into_inner());
+        let progress = self.engine.progress(&request.r#ref, &caller).await;
+        let progress = progress.map_err(|f| status_of(&f))?;
         let (tx, rx) = mpsc::channel(16);
         match progress {
             Progress::Live(journal) => {
@@ -336,7 +347,8 @@ impl Control for ControlService {
         &self,
         request: Request<Streaming<wire::BytesMessage>>,
     ) -> Answer<Self::SessionStream> {
-        let hub = &self.engine.parts().sessions;
+        let owner = caller(&request)?.owner().cloned();
+        let hub = self.engine.parts().sessions.of_owner(owner);
         let (metadata, _, incoming) = request.into_parts();
         let answers = hub.attach(&metadata, incoming).await.map_err(|f| status_of(&f))?;
         Ok(Response::new(answers))
@@ -375,7 +387,8 @@ impl Control for ControlService {
         &self,
         request: Request<wire::BuildHistoryRequest>,
     ) -> Answer<Self::ListenBuildHistoryStream> {
-        let stream = history::listen(self.engine.parts().history.clone(), request.into_inner())
+        let (caller, request) = (caller(&request)?, request.into_inner());
+        let stream = history::listen(self.engine.parts().history.clone(), request, caller)
             .map_err(|f| status_of(&f))?;
         Ok(with_time(Response::new(stream)))
     }
@@ -384,8 +397,12 @@ impl Control for ControlService {
         &self,
         request: Request<wire::UpdateBuildHistoryRequest>,
     ) -> Answer<wire::UpdateBuildHistoryResponse> {
-        let request = request.into_inner();
+        let (caller, request) = (caller(&request)?, request.into_inner());
         let history = self.engine.parts().history.clone();
+        let known = history.summary(&request.r#ref);
+        if known.is_some_and(|s| !caller.sees(s.owner.as_deref())) {
+            return Err(status_of(&shipway_history::unknown(&request.r#ref)));
+        }
         if request.delete || request.finalize {
             self.engine.finalize(&request.r#ref).await;
         }
@@ -462,7 +479,7 @@ mod tests {
             source_policy_session: "policies".into(),
             ..Default::default()
         };
-        let build = build_request(request).unwrap();
+        let build = build_request(request, Caller::unrestricted()).unwrap();
         let shown = |all: &[CacheRequest]| {
             all.iter().map(|c| format!("{} {:?}", c.kind, c.attrs)).collect::<Vec<_>>()
         };
@@ -489,7 +506,7 @@ mod tests {
         // Without a frontend, the same graph is the empty image.
         let scratch =
             wire::SolveRequest { definition: Some(Default::default()), ..Default::default() };
-        assert!(build_request(scratch).unwrap().definition.is_some());
+        assert!(build_request(scratch, Caller::unrestricted()).unwrap().definition.is_some());
     }
 
     #[test]

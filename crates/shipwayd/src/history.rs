@@ -8,6 +8,7 @@ use shipway_grpc::status_of;
 use shipway_history::{
     History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile,
 };
+use shipway_identity::Caller;
 use shipway_oci::{Descriptor, media, timestamp};
 use shipway_proto::{google::rpc, moby::buildkit::v1 as wire};
 use shipway_telemetry::stub;
@@ -273,9 +274,11 @@ fn existing(
     all: Vec<Arc<HistorySummary>>,
     request: &wire::BuildHistoryRequest,
     wanted: &[Wanted],
+    caller: &Caller,
 ) -> Vec<Arc<HistorySummary>> {
     let is_wanted = |s: &Arc<HistorySummary>| {
-        (request.r#ref.is_empty() || s.id == request.r#ref)
+        caller.sees(s.owner.as_deref())
+            && (request.r#ref.is_empty() || s.id == request.r#ref)
             && (wanted.is_empty() || wanted.iter().any(|w| w.matches(s)))
     };
     let (mut running, mut ended): (Vec<_>, Vec<_>) =
@@ -321,17 +324,18 @@ async fn event(
     Some(wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record) })
 }
 
-/// The stream of one listener.
+/// The stream of one listener, who hears of builds that `caller` may see.
 pub fn listen(
     history: Arc<History>,
     request: wire::BuildHistoryRequest,
+    caller: Caller,
 ) -> Result<ReceiverStream<std::result::Result<wire::BuildHistoryEvent, Status>>> {
     if request.limit < 0 {
         return Err(Fault::invalid(format!("invalid limit {}", request.limit)));
     }
     let wanted = Wanted::parse_all(&request.filter, SystemTime::now())?;
     let (all, mut changes) = history.listen();
-    let first = existing(all, &request, &wanted);
+    let first = existing(all, &request, &wanted, &caller);
     let (tx, rx) = mpsc::channel(8);
     shipway_task::spawn("send the history", async move {
         for summary in first {
@@ -365,7 +369,8 @@ pub fn listen(
             };
             // Filters choose among what there is; of what happens from now on a listener hears
             // everything, as from BuildKit.
-            if !request.r#ref.is_empty() && change.summary.id != request.r#ref {
+            let other = !request.r#ref.is_empty() && change.summary.id != request.r#ref;
+            if other || !caller.sees(change.summary.owner.as_deref()) {
                 continue;
             }
             let Some(message) = event(&history, change.kind, &change.summary.id).await else {
@@ -468,7 +473,10 @@ mod tests {
         };
         let ids = |request: wire::BuildHistoryRequest| {
             let wanted = Wanted::parse_all(&request.filter, SystemTime::now()).unwrap();
-            existing(all(), &request, &wanted).iter().map(|s| s.id.clone()).collect::<Vec<_>>()
+            existing(all(), &request, &wanted, &Caller::unrestricted())
+                .iter()
+                .map(|s| s.id.clone())
+                .collect::<Vec<_>>()
         };
         assert_eq!(ids(wire::BuildHistoryRequest::default()), ["run", "a", "b", "c"]);
         assert_eq!(

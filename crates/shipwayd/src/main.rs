@@ -1,6 +1,7 @@
 //! The builder daemon. `main` is a table of contents: settings, log, parts, sockets, and an orderly
 //! end.
 
+mod auth;
 mod config;
 mod content;
 mod control;

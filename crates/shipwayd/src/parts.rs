@@ -1,6 +1,7 @@
 //! Putting the daemon together: each subsystem built from its part of the settings.
 
 use crate::{
+    auth::Authenticate,
     config::Cdi,
     control::WorkerInfo,
     debug::DebugAddress,
@@ -50,6 +51,8 @@ pub struct Parts {
     pub drain_timeout: Duration,
     /// How long steps of an earlier run wait for their builds.
     pub adopt_timeout: Duration,
+    /// Recognizes callers.
+    pub auth: Authenticate,
     /// Held as long as the process runs, so that no second daemon uses the same root.
     _locks: Vec<File>,
 }
@@ -107,7 +110,9 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         proxied,
         egress,
         log_limits,
+        auth,
     } = settings;
+    let auth = Authenticate::new(auth)?;
     private::dir(&root).context(|| "make the state directory")?;
     for place in PLACES {
         private::dir(&root.join(place))?;
@@ -168,7 +173,6 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
     let exporters = Exporters::new(
         refs.clone(),
         registry.clone(),
-        sessions.clone(),
         replace_managed_images,
         publishing,
         lazy_blobs,
@@ -215,7 +219,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         revision: version.revision,
         ..Worker::default()
     };
-    let cache_backends = Backends::new(registry, sessions.clone());
+    let cache_backends = Backends::new(registry);
     let engine = Engine::new(EngineParts {
         services,
         solver,
@@ -255,6 +259,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         debug,
         drain_timeout,
         adopt_timeout,
+        auth,
         _locks: locks,
     };
     Ok((parts, listening))

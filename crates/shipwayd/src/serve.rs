@@ -38,9 +38,10 @@ const LAST_SPANS: Duration = Duration::from_secs(5);
 
 /// Binds all addresses.
 pub async fn bind(listening: &Listening) -> Result<Vec<Listener>> {
-    let Listening { addresses, uid, group, tls } = listening;
+    let Listening { addresses, uid, group, tls, authenticated } = listening;
     let gid = group.as_deref().map(group_id).transpose()?;
-    let options = ListenOptions { uid: *uid, gid, tls: tls.clone(), ..ListenOptions::default() };
+    let (uid, tls, authenticated) = (*uid, tls.clone(), *authenticated);
+    let options = ListenOptions { uid, gid, tls, authenticated, ..ListenOptions::default() };
     let mut all = Vec::new();
     for address in addresses {
         all.extend(Listener::bind(&address.parse::<Address>()?, &options).await?);
@@ -127,6 +128,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         };
         let server = shipway_grpc::server()
             .layer(TraceRequests)
+            .layer(parts.auth.clone())
             .add_routes(routes.clone())
             .serve_with_incoming_shutdown(listener.incoming(), ended);
         let server = server.instrument(tracing::info_span!("serve", %address));

@@ -20,6 +20,7 @@ use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::ServerTls;
 use shipway_history::HistoryLimits;
+use shipway_identity::AuthConfig;
 use shipway_netproxy::EgressRules;
 use shipway_oci::{NetworkName, Platform};
 use shipway_ops::{LogLimits, NetworkGrants};
@@ -68,6 +69,8 @@ pub struct Listening {
     pub group: Option<String>,
     /// TLS of TCP sockets.
     pub tls: Option<ServerTls>,
+    /// Whether callers are asked who they are.
+    pub authenticated: bool,
 }
 
 /// What becomes of the spans of traces; without a collector and without the history, none is made.
@@ -170,6 +173,8 @@ pub struct Settings {
     pub egress: EgressRules,
     /// How much of a step's output is passed on.
     pub log_limits: LogLimits,
+    /// Who may call, and what each may do; everybody everything if there is nothing.
+    pub auth: Option<AuthConfig>,
     /// What the log should say about these settings.
     pub notes: Vec<String>,
 }
@@ -194,6 +199,7 @@ impl Settings {
             provenance_env_dir,
             log,
             grpc,
+            auth,
             otel,
             cdi,
             worker,
@@ -284,6 +290,7 @@ impl Settings {
                 cert: cert.into(),
                 key: key.into(),
                 client_ca: ca.map(Into::into),
+                client_optional: auth.as_ref().is_some_and(AuthConfig::takes_tokens),
             }),
             (None, None, None) => None,
             _ => {
@@ -299,8 +306,13 @@ impl Settings {
             .into_iter()
             .find(|a| !a.is_empty())
             .unwrap_or_default();
-        let listening =
-            Listening { addresses, uid, group: flags.group.or(gid.map(|g| g.to_string())), tls };
+        let listening = Listening {
+            addresses,
+            uid,
+            group: flags.group.or(gid.map(|g| g.to_string())),
+            tls,
+            authenticated: auth.is_some(),
+        };
 
         let entitlements = entitlements(
             if flags.allow_insecure_entitlement.is_empty() {
@@ -550,6 +562,7 @@ impl Settings {
             proxied: flags.proxy_network.unwrap_or(proxy_network),
             egress: EgressRules::new(&egress.allow, &egress.deny).context(|| "egress")?,
             log_limits,
+            auth,
             notes,
         })
     }

@@ -47,6 +47,12 @@ pub static STEPS_WARNINGS: Counter = Counter::new();
 pub static GC_RUNS: Counter = Counter::new();
 /// Bytes that they removed.
 pub static GC_BYTES: Counter = Counter::new();
+/// What callers were allowed to do.
+pub static AUTH_ALLOWED: Counter = Counter::new();
+/// What they were not allowed to do.
+pub static AUTH_DENIED: Counter = Counter::new();
+/// Requests of callers who were not recognized.
+pub static AUTH_UNKNOWN: Counter = Counter::new();
 /// Builds that ended.
 pub static BUILDS: Builds = Builds(Mutex::new(BTreeMap::new()));
 /// How long they took, by how they ended.

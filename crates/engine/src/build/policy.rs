@@ -2,6 +2,7 @@
 //! source (rows `so.pol*`, `cb.policy`).
 
 use super::{SourceQuery, heavy::heavy, scope::BuildScope};
+use crate::permit;
 use futures::future::try_join_all;
 use futures::{FutureExt as _, future::BoxFuture};
 use shipway_fault::{Context as _, Fault, Result};
@@ -45,9 +46,14 @@ impl Judge for BuildScope {
 }
 
 impl BuildScope {
+    /// Whether sources may be used as they are, whatever they are.
+    fn takes_all(&self) -> bool {
+        self.policy.is_empty() && !self.caller.is_restricted()
+    }
+
     /// Lets the policy decide what steps fetch by themselves.
     pub(crate) fn judge_steps(self: &Arc<Self>) {
-        if !self.policy.is_empty() {
+        if !self.takes_all() {
             let judge: Weak<dyn Judge> = Arc::downgrade(&(self.clone() as Arc<dyn Judge>));
             self.data.judge.set(judge);
         }
@@ -65,7 +71,7 @@ impl BuildScope {
         graph: &Graph,
         more: &[SourcePolicy],
     ) -> Result<Option<Definition>> {
-        if self.policy.is_empty() && more.is_empty() {
+        if self.takes_all() && more.is_empty() {
             return Ok(None);
         }
         let sources = graph.vertices.iter().filter_map(|v| match &v.op {
@@ -94,14 +100,15 @@ impl BuildScope {
         platform: Option<&Platform>,
         more: &[SourcePolicy],
     ) -> Result<SourceOp> {
-        if self.policy.is_empty() && more.is_empty() {
+        if self.takes_all() && more.is_empty() {
             return Ok(source);
         }
         let rules = self.rules(more);
         let client = match &self.policy.session {
             Some(id) => Some(
-                self.parts
+                self.data
                     .sessions
+                    .hub()
                     .get(id)
                     .await
                     .context(|| "find the client that decides on sources")?,
@@ -113,6 +120,8 @@ impl BuildScope {
             normalize(&mut source);
             let rules = rules.clone();
             source = heavy(move || policy::evaluate(&rules, &mut source).map(|_| source)).await?;
+            // Before the client is asked, which may want to know what is there.
+            permit::source(&self.caller, &source)?;
             let Some(client) = &client else { return Ok(source) };
             match self.ask(client, &source, platform, std::mem::take(&mut facts)).await? {
                 PolicyAnswer::Allow => return Ok(source),

@@ -11,6 +11,7 @@ use crate::{
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use shipway_fault::Fault;
+use shipway_identity::Caller;
 use shipway_oci::Digest;
 use shipway_ops::{JobData, LlbOp, NestedGraphs};
 use shipway_progress::Journal;
@@ -55,6 +56,8 @@ pub(crate) struct BuildScope {
     pub(crate) invocation: String,
     /// When it began.
     pub(crate) started: SystemTime,
+    /// Who asks for it.
+    pub(crate) caller: Caller,
     /// Whether its steps see the network through a proxy only.
     pub(crate) proxied: bool,
     /// Which version of the exporters' defaults it wants.
@@ -104,6 +107,7 @@ impl BuildScope {
             journal,
             invocation: Digest::of(format!("{}\n{started:?}", request.id)).hex()[..25].to_owned(),
             started,
+            caller: request.caller.clone(),
             compatibility: request.compatibility,
             finished: OnceLock::new(),
             imports: Mutex::default(),

@@ -1,7 +1,7 @@
 //! A build's caches: imported while it solves, exported after it (rows `rc.*`).
 
 use super::vertex_digest;
-use crate::{build::BuildScope, parts::EngineParts};
+use crate::{build::BuildScope, parts::EngineParts, permit};
 use shipway_buildcache::room_was_made;
 use shipway_exporters::{ExportInput, Exporter, Response};
 use shipway_fault::{Code, Context as _, Fault, Result};
@@ -20,8 +20,9 @@ pub const IMPORT_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Imports caches, each beside the build (row `rc.lazyimp`): it is waited for where the index has
 /// nothing, by everything that the build asks for, and by what is asked again for the same cache. A
-/// failure is reported and fails nothing.
-pub(crate) fn import_all(scope: &BuildScope, requests: &[CacheRequest]) {
+/// failure is reported and fails nothing, but a cache that the build's caller may not read.
+pub(crate) fn import_all(scope: &BuildScope, requests: &[CacheRequest]) -> Result<()> {
+    permit::imports(&scope.parts, &scope.caller, requests)?;
     for request in requests {
         scope.import(request, || {
             let name = format!("importing cache manifest from {}", request.shown());
@@ -37,6 +38,7 @@ pub(crate) fn import_all(scope: &BuildScope, requests: &[CacheRequest]) {
             Import::new(&scope.parts.caches, importing.run())
         });
     }
+    Ok(())
 }
 
 /// An import on its way. It does not hold the build, which may end before it does.

@@ -187,7 +187,7 @@ impl Bridge for EngineBridge {
                 .iter()
                 .map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() })
                 .collect();
-            caches::import_all(&self.build.scope, &imports);
+            caches::import_all(&self.build.scope, &imports)?;
             let evaluate = request.evaluate;
             let result = match request.definition.clone() {
                 Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),

@@ -10,15 +10,15 @@ use bytes::Bytes;
 use shipway_cachemounts::{Direction, Place, Request};
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, ImageName};
-use shipway_session::{ClientStore, SessionHub};
+use shipway_session::ClientStore;
 use shipway_sources::ClientRemote;
 use std::sync::Arc;
 
-pub(super) struct ClientBackend(pub SessionHub);
+pub(super) struct ClientBackend;
 
 impl ClientBackend {
     async fn store(&self, directory: &str, clients: &CacheClients) -> Result<ClientStore> {
-        self.0.get(&clients.own).await?.store(&format!("local:{directory}"))
+        clients.all.hub().get(&clients.own).await?.store(&format!("local:{directory}"))
     }
 }
 
@@ -30,6 +30,10 @@ impl CacheBackend for ClientBackend {
 
     fn export_title(&self) -> String {
         "exporting cache to client directory".into()
+    }
+
+    fn places(&self, _: &CacheRequest) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
 
     fn check_export(&self, request: &CacheRequest) -> Result<String> {

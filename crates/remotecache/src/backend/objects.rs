@@ -27,9 +27,13 @@ impl CacheBackend for ObjectBackend {
         self.0.title().to_owned()
     }
 
+    fn places(&self, request: &CacheRequest) -> Result<Vec<String>> {
+        self.0.places(&request.attrs)
+    }
+
     fn check_export(&self, request: &CacheRequest) -> Result<String> {
         check_options(request)?;
-        self.0.place(&request.attrs)
+        Ok(self.0.places(&request.attrs)?.join(" "))
     }
 
     async fn source(&self, request: &CacheRequest, _: &CacheClients) -> Result<CacheSource> {

@@ -17,6 +17,11 @@ use std::sync::Arc;
 
 pub(super) struct RegistryBackend(pub Registry);
 
+fn name_of(request: &CacheRequest) -> Result<ImageName> {
+    let reference = request.needed("ref")?;
+    reference.parse().map_err(|e| Fault::invalid(format!("failed to parse {reference}: {e}")))
+}
+
 impl RegistryBackend {
     fn repository(
         &self,
@@ -24,10 +29,7 @@ impl RegistryBackend {
         clients: &CacheClients,
         mode: Mode,
     ) -> Result<(Repository, ImageName)> {
-        let reference = request.needed("ref")?;
-        let name: ImageName = reference
-            .parse()
-            .map_err(|e| Fault::invalid(format!("failed to parse {reference}: {e}")))?;
+        let name = name_of(request)?;
         let credentials = Arc::new(SessionCredentials::new(clients.all.clone()));
         let repository = self.0.repository(&name, credentials, mode);
         Ok((
@@ -45,6 +47,10 @@ impl RegistryBackend {
 impl CacheBackend for RegistryBackend {
     fn kind(&self) -> &'static str {
         "registry"
+    }
+
+    fn places(&self, request: &CacheRequest) -> Result<Vec<String>> {
+        Ok(vec![name_of(request)?.to_string()])
     }
 
     fn check_export(&self, request: &CacheRequest) -> Result<String> {

@@ -55,6 +55,14 @@ pub fn metrics(engine: &Engine) -> String {
     ] {
         page.one(name, Kind::Counter, help, count.get() as f64);
     }
+    page.metric("auth_decisions_total", Kind::Counter, "Requests of callers, by outcome.");
+    for (outcome, count) in [
+        ("allowed", &meter::AUTH_ALLOWED),
+        ("denied", &meter::AUTH_DENIED),
+        ("unknown", &meter::AUTH_UNKNOWN),
+    ] {
+        page.sample("auth_decisions_total", &[("outcome", outcome)], count.get() as f64);
+    }
     page.metric("containerd_call_seconds", Kind::Histogram, "How long containerd took to answer.");
     for (method, times) in meter::CONTAINERD_CALLS.all() {
         histogram(&mut page, "containerd_call_seconds", &[("method", &method)], &times);
