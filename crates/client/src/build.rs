@@ -535,7 +535,7 @@ impl Client {
         let mut control = self.control();
         let asked = async {
             match question {
-                Some(question) => question.ask(self.channel(), &reference).await,
+                Some(question) => question.ask(self.calls(), &reference).await,
                 None => Ok(Answer::new()),
             }
         };

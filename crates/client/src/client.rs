@@ -5,7 +5,7 @@ use std::{process::Stdio, sync::Arc, time::Duration};
 use futures::{Stream, TryStreamExt};
 use prost::Message as _;
 use shipway_fault::{Code, Context, Fault, Result};
-use shipway_grpc::{ClientTls, TunnelChannel, dial, fault_of};
+use shipway_grpc::{Address, ClientTls, TunnelChannel, dial, fault_of};
 use shipway_oci::Digest;
 use shipway_proto::{
     MAX_MESSAGE,
@@ -14,15 +14,18 @@ use shipway_proto::{
     moby::buildkit::v1::control_client::ControlClient,
 };
 use tokio::process::{Child, Command};
-use tonic::{metadata::MetadataValue, transport::Channel};
+use tonic::metadata::MetadataValue;
 
-use crate::{DaemonInfo, Location, Status, UsageInfo, WorkerInfo};
+use crate::{DaemonInfo, Location, Status, TokenSource, UsageInfo, WorkerInfo, token::Calls};
 
 /// How to connect.
 #[derive(Clone, Debug, Default)]
 pub struct ConnectOptions {
     /// TLS, for `tcp://`.
     pub tls: Option<ClientTls>,
+    /// Where the tokens of calls come from. They are sent over TLS, over sockets of this machine,
+    /// and by commands that carry a connection, and not otherwise.
+    pub token: Option<TokenSource>,
     /// How long connecting may take; forever if not given.
     pub timeout: Option<Duration>,
     /// Try again until the daemon answers or the time is up.
@@ -66,7 +69,7 @@ impl PruneOptions {
 /// A connection to a daemon. Clones share it.
 #[derive(Clone)]
 pub struct Client {
-    channel: Channel,
+    calls: Calls,
     /// Keeps the command that carries the connection alive.
     _carrier: Option<Arc<Carrier>>,
 }
@@ -115,12 +118,17 @@ impl Client {
     }
 
     async fn attempt(location: &Location, options: &ConnectOptions) -> Result<Self> {
+        let token = options.token.clone();
         let (url, argv) = match location {
             Location::Socket(address) => {
-                return Ok(Self {
-                    channel: dial(address, options.tls.as_ref()).await?,
-                    _carrier: None,
-                });
+                if token.is_some() && options.tls.is_none() && matches!(address, Address::Tcp(_)) {
+                    return Err(Fault::invalid(format!(
+                        "a token is not sent to {address} without TLS"
+                    ))
+                    .hint("name the authority of the daemon's certificate (--tlscacert)"));
+                }
+                let channel = dial(address, options.tls.as_ref()).await?;
+                return Ok(Self { calls: Calls::new(channel, token), _carrier: None });
             }
             Location::Command { url, argv } => (url, argv),
         };
@@ -143,7 +151,7 @@ impl Client {
             .await
             .context(|| format!("connect to {url}"))?;
         Ok(Self {
-            channel: tunnel.channel(),
+            calls: Calls::new(tunnel.channel(), token),
             _carrier: Some(Arc::new(Carrier { tunnel, _child: child })),
         })
     }
@@ -156,14 +164,14 @@ impl Client {
         }
     }
 
-    pub(crate) fn control(&self) -> ControlClient<Channel> {
-        ControlClient::new(self.channel.clone())
+    pub(crate) fn control(&self) -> ControlClient<Calls> {
+        ControlClient::new(self.calls.clone())
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE)
     }
 
-    pub(crate) fn channel(&self) -> Channel {
-        self.channel.clone()
+    pub(crate) fn calls(&self) -> Calls {
+        self.calls.clone()
     }
 
     /// Whether calls connect anew where the connection is lost; one that a command carries ends
@@ -249,7 +257,7 @@ impl Client {
     /// The length of the blob `digest` of a build, if the daemon has it.
     pub async fn blob_size(&self, digest: &str) -> Result<Option<u64>> {
         let request = content::InfoRequest { digest: digest.to_owned() };
-        let answer = ContentClient::new(self.channel.clone()).info(request).await;
+        let answer = ContentClient::new(self.calls.clone()).info(request).await;
         match answer.map_err(|s| fault_of(&s)) {
             Ok(answer) => {
                 let info = answer.into_inner().info.unwrap_or_default();
@@ -272,7 +280,7 @@ impl Client {
         };
         let request =
             content::ReadContentRequest { digest: digest.to_owned(), ..Default::default() };
-        let answer = ContentClient::new(self.channel.clone())
+        let answer = ContentClient::new(self.calls.clone())
             .max_decoding_message_size(MAX_MESSAGE)
             .read(request)
             .await

@@ -10,13 +10,14 @@ use shipway_fault::{Context, Fault, Result};
 use shipway_grpc::fault_of;
 use shipway_proto::moby::buildkit::v1::frontend as wire;
 use tokio::{sync::mpsc, task::JoinHandle};
-use tonic::{metadata::AsciiMetadataValue, transport::Channel};
+use tonic::metadata::AsciiMetadataValue;
 
 use crate::{
     Client, Definition, SolveOptions, Status,
     build::{Followed, Plan, request, solve_fault},
     question::{self, gateway},
     session::{Attached, LocalDirs, Services, Stores, Targets},
+    token::Calls,
 };
 
 /// A state of a result, as an input of other builds.
@@ -33,7 +34,7 @@ pub struct HeldState {
 /// A build that is open.
 pub struct Held {
     states: Vec<HeldState>,
-    channel: Channel,
+    calls: Calls,
     id: AsciiMetadataValue,
     solve: JoinHandle<Result<()>>,
     followed: Followed,
@@ -143,7 +144,7 @@ impl Client {
         };
         let length = limit.map(|limit| i64::try_from(limit).unwrap_or(i64::MAX));
         let range = length.map(|length| wire::FileRange { offset: 0, length });
-        let mut gateway = gateway(held.channel.clone());
+        let mut gateway = gateway(held.calls.clone());
         let mut files = Vec::new();
         for path in paths {
             let read = wire::ReadFileRequest {
@@ -184,13 +185,13 @@ impl Client {
             .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
         let held = Held {
             states: Vec::new(),
-            channel: self.channel(),
+            calls: self.calls(),
             id,
             solve,
             followed,
             _session: session,
         };
-        match gateway(held.channel.clone()).solve(question::of_build(ask, &held.id)).await {
+        match gateway(held.calls.clone()).solve(question::of_build(ask, &held.id)).await {
             Ok(answer) => Ok((held, answer.into_inner().result.unwrap_or_default())),
             Err(status) => {
                 let error =
@@ -216,7 +217,7 @@ impl Held {
     }
 
     async fn end(self, answer: wire::ReturnRequest) -> Result<()> {
-        let returned = gateway(self.channel).r#return(question::of_build(answer, &self.id)).await;
+        let returned = gateway(self.calls).r#return(question::of_build(answer, &self.id)).await;
         let solved = match self.solve.await {
             Ok(solved) => solved,
             Err(error) => Err(Fault::internal(format!("hold a build: {error}"))),

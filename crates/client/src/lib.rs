@@ -31,6 +31,7 @@ mod question;
 mod reconnect;
 mod session;
 mod status;
+mod token;
 mod trace;
 
 pub use build::{CacheEntry, Definition, Export, Outcome, SolveOptions, Target};
@@ -52,6 +53,7 @@ pub use shipway_grpc::ClientTls;
 pub use status::{
     CacheMiss, Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning,
 };
+pub use token::TokenSource;
 
 /// An id for a build that no other has; for callers that need it before the build begins.
 pub fn new_reference() -> shipway_fault::Result<String> {

@@ -12,7 +12,9 @@ use shipway_proto::{
     moby::buildkit::v1::frontend::{self as wire, llb_bridge_client::LlbBridgeClient},
     pb,
 };
-use tonic::{metadata::AsciiMetadataValue, transport::Channel};
+use tonic::metadata::AsciiMetadataValue;
+
+use crate::token::Calls;
 
 /// Names the build that a call of the gateway belongs to.
 const BUILD_ID: &str = "buildkit-controlapi-buildid";
@@ -41,11 +43,11 @@ impl Question {
     }
 
     /// Asks within the build `reference` and ends it with the answer.
-    pub(crate) async fn ask(self, channel: Channel, reference: &str) -> Result<Answer> {
+    pub(crate) async fn ask(self, calls: Calls, reference: &str) -> Result<Answer> {
         let id: AsciiMetadataValue = reference
             .parse()
             .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
-        let mut gateway = gateway(channel);
+        let mut gateway = gateway(calls);
         let solve = wire::SolveRequest {
             frontend: self.frontend,
             frontend_opt: self.options,
@@ -78,8 +80,8 @@ impl Question {
 }
 
 /// The gateway of the daemon.
-pub(crate) fn gateway(channel: Channel) -> LlbBridgeClient<Channel> {
-    LlbBridgeClient::new(channel)
+pub(crate) fn gateway(calls: Calls) -> LlbBridgeClient<Calls> {
+    LlbBridgeClient::new(calls)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE)
 }

@@ -45,7 +45,7 @@ impl Client {
                 .hint("the daemon keeps none with `[otel] history = false`")
         })?;
         let request = ReadContentRequest { digest: trace.digest, ..Default::default() };
-        let mut content = ContentClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE);
+        let mut content = ContentClient::new(self.calls()).max_decoding_message_size(MAX_MESSAGE);
         let mut pieces = content.read(request).await.map_err(failed)?.into_inner();
         let mut all = Vec::new();
         while let Some(piece) = pieces.message().await.map_err(failed)? {

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use shipway_client::{Client, ClientTls, ConnectOptions, Location};
+use shipway_client::{Client, ClientTls, ConnectOptions, Location, TokenSource};
 use shipway_fault::{Code, Context, Fault, Result};
 
 use crate::{
@@ -39,6 +39,28 @@ pub(crate) struct ConnectArgs {
     /// Directory with ca.pem, cert.pem and key.pem, or ca.crt, tls.crt and tls.key
     #[arg(long = "tlsdir", global = true, value_name = "DIR", help_heading = "TLS")]
     dir: Option<PathBuf>,
+    /// File with a token that says who calls; read again for each call
+    #[arg(
+        long = "token-file",
+        global = true,
+        env = "SHIPWAY_TOKEN_FILE",
+        hide_env_values = true,
+        value_name = "FILE",
+        help_heading = "Identity"
+    )]
+    token_file: Option<PathBuf>,
+    /// Who issues a token that says who calls: github, in a job of GitHub Actions with the permission
+    /// id-token: write (github,audience=NAME, if the daemon wants another one than shipway)
+    #[arg(
+        long,
+        global = true,
+        env = "SHIPWAY_AUTH",
+        hide_env_values = true,
+        conflicts_with = "token_file",
+        value_name = "ISSUER",
+        help_heading = "Identity"
+    )]
+    auth: Option<String>,
     /// Seconds after which connecting fails; 0 for never
     #[arg(long, global = true, default_value_t = 5, value_name = "SECONDS")]
     timeout: u64,
@@ -130,6 +152,15 @@ impl ConnectArgs {
         }))
     }
 
+    /// Where tokens come from that say who calls.
+    fn token(&self) -> Result<Option<TokenSource>> {
+        if let Some(file) = self.token_file.as_ref().filter(|f| !f.as_os_str().is_empty()) {
+            return Ok(Some(TokenSource::File(file.clone())));
+        }
+        let issuer = self.auth.as_deref().filter(|a| !a.is_empty());
+        issuer.map(|i| i.parse().map_err(|f: Fault| f.context("--auth"))).transpose()
+    }
+
     /// How long a daemon is waited for that goes away during a build.
     pub(crate) fn reconnect(&self) -> Option<Duration> {
         (self.reconnect > 0).then(|| Duration::from_secs(self.reconnect))
@@ -167,11 +198,12 @@ impl ConnectArgs {
     /// The nodes of the builder, or the daemon; nothing is connected yet.
     pub(crate) fn nodes(&self, persona: Persona) -> Result<Nodes> {
         if let Some(builder) = self.builder(persona)? {
-            return Nodes::of(builder, self.wait);
+            return Nodes::of(builder, self.wait, self.token()?);
         }
         let location = self.location(persona)?;
-        let tls = self.tls(&location)?;
-        Ok(Nodes::at(location, ConnectOptions { tls, timeout: self.patience(), wait: self.wait }))
+        let (tls, token) = (self.tls(&location)?, self.token()?);
+        let (timeout, wait) = (self.patience(), self.wait);
+        Ok(Nodes::at(location, ConnectOptions { tls, token, timeout, wait }))
     }
 
     /// Connects, to the first of several nodes.

@@ -8,7 +8,7 @@ mod program;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use shipway_client::{Client, ConnectOptions, Location};
+use shipway_client::{Client, ConnectOptions, Location, TokenSource};
 use shipway_fault::{Code, Context, Fault, Result, nearest};
 
 use crate::builders::{Builder, Node};
@@ -151,15 +151,21 @@ impl Driver {
     }
 
     /// Connects to a node, whose daemon is started if it does not run; with `wait`, one that we do
-    /// not start is waited for.
-    pub(crate) async fn connect(self, node: &Node, wait: bool) -> Result<Client> {
+    /// not start is waited for. A daemon that we do not start gets tokens.
+    pub(crate) async fn connect(
+        self,
+        node: &Node,
+        wait: bool,
+        token: Option<TokenSource>,
+    ) -> Result<Client> {
         let connected = async {
             let (location, tls) = match self {
                 Self::Remote => (node.endpoint.parse::<Location>()?, node.tls()?),
                 Self::Container => (container::boot(node).await?, None),
                 Self::Kubernetes => (kubernetes::boot(node).await?, None),
             };
-            let options = ConnectOptions { tls, timeout: Some(PATIENCE), wait };
+            let token = token.filter(|_| self == Self::Remote);
+            let options = ConnectOptions { tls, token, timeout: Some(PATIENCE), wait };
             Client::connect(&location, &options).await
         };
         connected.await.context(|| format!("connect to the node {}", node.name))

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use futures::future::try_join_all;
-use shipway_client::{Client, ConnectOptions, Location, WorkerInfo};
+use shipway_client::{Client, ConnectOptions, Location, TokenSource, WorkerInfo};
 use shipway_fault::{Context, Fault, Result};
 use shipway_oci::Platform;
 use tokio::sync::OnceCell;
@@ -31,7 +31,7 @@ struct Member {
 /// How a node is connected to.
 enum Reach {
     Address(Location, ConnectOptions),
-    Node { driver: Driver, node: Box<Node>, wait: bool },
+    Node { driver: Driver, node: Box<Node>, wait: bool, token: Option<TokenSource> },
 }
 
 /// What one node builds of a target.
@@ -125,12 +125,12 @@ impl Nodes {
 
     /// The nodes of `builder`, if its driver is known; with `wait`, connecting waits until they
     /// answer.
-    pub(crate) fn of(builder: Builder, wait: bool) -> Result<Self> {
+    pub(crate) fn of(builder: Builder, wait: bool, token: Option<TokenSource>) -> Result<Self> {
         let driver = builder.driver()?;
         let member = |node: Node| Member {
             name: node.name.clone(),
             declared: node.platforms.clone().unwrap_or_default(),
-            reach: Reach::Node { driver, node: Box::new(node), wait },
+            reach: Reach::Node { driver, node: Box::new(node), wait, token: token.clone() },
             client: OnceCell::new(),
         };
         Ok(Self { members: builder.nodes.into_iter().map(member).collect(), builder: builder.name })
@@ -152,7 +152,9 @@ impl Nodes {
         let client = member.client.get_or_try_init(|| async {
             match &member.reach {
                 Reach::Address(location, options) => Client::connect(location, options).await,
-                Reach::Node { driver, node, wait } => driver.connect(node, *wait).await,
+                Reach::Node { driver, node, wait, token } => {
+                    driver.connect(node, *wait, token.clone()).await
+                }
             }
         });
         client.await.cloned()

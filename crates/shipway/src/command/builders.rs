@@ -430,7 +430,7 @@ async fn answer(driver: Driver, node: &Node, boot: bool) -> Result<Said> {
     if state != State::Running {
         return Ok(Said { state, version: String::new(), workers: Vec::new() });
     }
-    let client = driver.connect(node, boot).await?;
+    let client = driver.connect(node, boot, None).await?;
     let version = client.info().await.map(|info| info.buildkit_version.version);
     let workers = client.workers(Vec::new()).await?;
     Ok(Said { state, version: version.unwrap_or_default(), workers })
