@@ -82,6 +82,12 @@ fn manifests_are_what_the_api_of_kubernetes_understands() {
         let labels = &base["DaemonSet"]["spec"]["template"]["metadata"]["labels"];
         assert_eq!(&service["spec"]["selector"], labels, "{overlay}");
     }
+    let binding = document(&manifests().join("tokens/clusterrolebinding.yaml"));
+    assert_eq!(types.problems(&binding), Vec::<String>::new());
+    let account = &base["ServiceAccount"]["metadata"];
+    for key in ["name", "namespace"] {
+        assert_eq!(binding["subjects"][0][key], account[key]);
+    }
     // What names something names what is there.
     let set = &base["DaemonSet"]["spec"];
     let pod = &set["template"]["spec"];
@@ -101,6 +107,30 @@ fn manifests_are_what_the_api_of_kubernetes_understands() {
     }
 }
 
+/// The daemon understands the configuration with the policies, and in a pod it has what it needs.
+#[test]
+fn the_daemon_reads_the_policies_of_the_manifests() {
+    let patch = document(&manifests().join("tokens/configmap.yaml"));
+    let dir = tempfile::tempdir().unwrap();
+    let start = |pod: bool| {
+        let file = dir.path().join("shipwayd.toml");
+        fs::write(&file, patch[0]["value"].as_str().unwrap()).unwrap();
+        let mut command = Command::new(built("shipwayd"));
+        command.arg("--config").arg(file).arg("--root").arg(dir.path().join("root"));
+        command.arg("--containerd-worker-addr=/nonexistent/containerd.sock");
+        if pod {
+            command
+                .env("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+                .env("KUBERNETES_SERVICE_PORT", "443");
+        }
+        run(&mut command).failed().all()
+    };
+    let said = start(false);
+    assert!(said.contains("this is not a pod"), "{said}");
+    let said = start(true);
+    assert!(said.contains("/nonexistent/containerd.sock"), "{said}");
+}
+
 #[test]
 fn kubectl_puts_the_manifests_together() {
     let Some(kubectl) = which("kubectl") else {
@@ -108,9 +138,12 @@ fn kubectl_puts_the_manifests_together() {
         return;
     };
     let types = types();
-    for (overlay, port, secret) in
-        [("base", false, false), ("tls", true, true), ("no-tls", true, false)]
-    {
+    for (overlay, port, secret) in [
+        ("base", false, false),
+        ("tls", true, true),
+        ("no-tls", true, false),
+        ("tokens", true, true),
+    ] {
         let done = run(Command::new(&kubectl).arg("kustomize").arg(manifests().join(overlay))).ok();
         let objects = documents(&done.stdout);
         for object in &objects {

@@ -31,6 +31,7 @@ mod gateway;
 mod histories;
 mod history;
 mod house;
+mod identity;
 mod images;
 mod imagetools;
 mod installed_files;
