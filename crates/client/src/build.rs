@@ -353,6 +353,22 @@ impl Plan {
         Ok(())
     }
 
+    /// Lists in layouts what the build wrote into them, by what it answered.
+    pub(crate) fn settle(&self, response: &BTreeMap<String, String>) -> Result<()> {
+        record(&self.exported, &self.cached, response)?;
+        for (number, dir, name) in &self.saved {
+            if let Some(manifest) = response.get(&format!("{RESPONSE}{number}")) {
+                layout::put(dir, manifest.as_bytes(), &[LayoutName::Tag(name)])?;
+            }
+        }
+        for dir in &self.reset {
+            if let Err(fault) = layout::reset(dir) {
+                tracing::warn!("{fault}");
+            }
+        }
+        Ok(())
+    }
+
     /// What the build's session offers, taken from here and from `options`.
     pub(crate) fn services(&mut self, options: &mut SolveOptions) -> Services {
         Services {
@@ -560,17 +576,7 @@ impl Client {
         followed.finish(solved.is_err()).await;
         let (solved, answer) = solved?;
         let response = solved.into_inner().exporter_response;
-        record(&plan.exported, &plan.cached, &response)?;
-        for (number, dir, name) in &plan.saved {
-            if let Some(manifest) = response.get(&format!("{RESPONSE}{number}")) {
-                layout::put(dir, manifest.as_bytes(), &[LayoutName::Tag(name)])?;
-            }
-        }
-        for dir in &plan.reset {
-            if let Err(fault) = layout::reset(dir) {
-                tracing::warn!("{fault}");
-            }
-        }
+        plan.settle(&response)?;
         Ok((Outcome { reference, response }, answer?))
     }
 }

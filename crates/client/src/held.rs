@@ -9,15 +9,13 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use shipway_fault::{Context, Fault, Result};
 use shipway_grpc::fault_of;
 use shipway_proto::moby::buildkit::v1::frontend as wire;
-use tokio::{sync::mpsc, task::JoinHandle};
-use tonic::metadata::AsciiMetadataValue;
+use tokio::sync::mpsc;
 
 use crate::{
     Client, Definition, SolveOptions, Status,
-    build::{Followed, Plan, request, solve_fault},
+    driven::{self, Driven},
     question::{self, gateway},
     session::{Attached, LocalDirs, Services, Stores, Targets},
-    token::Calls,
 };
 
 /// A state of a result, as an input of other builds.
@@ -34,11 +32,7 @@ pub struct HeldState {
 /// A build that is open.
 pub struct Held {
     states: Vec<HeldState>,
-    calls: Calls,
-    id: AsciiMetadataValue,
-    solve: JoinHandle<Result<()>>,
-    followed: Followed,
-    _session: Attached,
+    driven: Driven,
 }
 
 /// Directories that several builds read.
@@ -86,23 +80,7 @@ impl Client {
         }
         options.exports.clear();
         options.cache_exports.clear();
-        let ask = wire::SolveRequest {
-            frontend: std::mem::take(&mut options.frontend),
-            frontend_opt: options.frontend_attrs.clone(),
-            frontend_inputs: std::mem::take(&mut options.frontend_inputs)
-                .into_iter()
-                .map(|(name, d)| (name, d.into_wire()))
-                .collect(),
-            cache_imports: options
-                .cache_imports
-                .iter()
-                .map(|e| wire::CacheOptionsEntry { r#type: e.kind.clone(), attrs: e.attrs.clone() })
-                .collect(),
-            allow_result_return: true,
-            allow_result_array_ref: true,
-            evaluate: true,
-            ..Default::default()
-        };
+        let ask = wire::SolveRequest { evaluate: true, ..driven::ask_frontend(&mut options) };
         let (mut held, result) = self.open(ask, options, events).await?;
         held.states = states(result);
         Ok(held)
@@ -144,7 +122,7 @@ impl Client {
         };
         let length = limit.map(|limit| i64::try_from(limit).unwrap_or(i64::MAX));
         let range = length.map(|length| wire::FileRange { offset: 0, length });
-        let mut gateway = gateway(held.calls.clone());
+        let mut gateway = gateway(held.driven.calls.clone());
         let mut files = Vec::new();
         for path in paths {
             let read = wire::ReadFileRequest {
@@ -153,7 +131,7 @@ impl Client {
                 range,
                 ..Default::default()
             };
-            let read = gateway.read_file(question::of_build(read, &held.id)).await;
+            let read = gateway.read_file(question::of_build(read, &held.driven.id)).await;
             files.push(read.map(|read| read.into_inner().data).map_err(|s| fault_of(&s)));
         }
         held.release().await.map(|()| files)
@@ -163,42 +141,20 @@ impl Client {
     async fn open(
         &self,
         ask: wire::SolveRequest,
-        mut options: SolveOptions,
+        options: SolveOptions,
         events: mpsc::Sender<Status>,
     ) -> Result<(Held, wire::Result)> {
-        if options.reference.is_empty() {
-            options.reference = shipway_host::random_id()?;
-        }
-        let services = Plan::of(&mut options)?.services(&mut options);
-        let (shared_key, reference) =
-            (std::mem::take(&mut options.shared_key), options.reference.clone());
-        let mut request = request(options)?;
-        let session = services.attach(self, &shared_key).await?;
-        request.session = session.id.clone();
-        let followed = Followed::start(self, reference.clone(), events);
-        let mut control = self.control();
-        let solve = shipway_task::spawn("hold a build", async move {
-            control.solve(request).await.map(drop).map_err(|s| solve_fault(&s))
-        });
-        let id: AsciiMetadataValue = reference
-            .parse()
-            .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
-        let held = Held {
-            states: Vec::new(),
-            calls: self.calls(),
-            id,
-            solve,
-            followed,
-            _session: session,
-        };
-        match gateway(held.calls.clone()).solve(question::of_build(ask, &held.id)).await {
-            Ok(answer) => Ok((held, answer.into_inner().result.unwrap_or_default())),
+        let driven = Driven::begin(self, options, events).await?;
+        let held = Held { states: Vec::new(), driven };
+        match held.driven.solve(ask).await {
+            Ok(result) => Ok((held, result)),
             Err(status) => {
                 let error =
                     wire::ReturnRequest { result: None, error: Some(question::status_of(&status)) };
                 let fault = fault_of(&status);
                 // What the build itself says of its failure has more to say.
-                Err(held.end(error).await.err().unwrap_or(fault)).context(|| "failed to solve")
+                Err(held.driven.end(error).await.err().unwrap_or(fault))
+                    .context(|| "failed to solve")
             }
         }
     }
@@ -213,18 +169,7 @@ impl Held {
     /// Lets the build go.
     pub async fn release(self) -> Result<()> {
         let done = wire::ReturnRequest { result: Some(wire::Result::default()), error: None };
-        self.end(done).await
-    }
-
-    async fn end(self, answer: wire::ReturnRequest) -> Result<()> {
-        let returned = gateway(self.calls).r#return(question::of_build(answer, &self.id)).await;
-        let solved = match self.solve.await {
-            Ok(solved) => solved,
-            Err(error) => Err(Fault::internal(format!("hold a build: {error}"))),
-        };
-        self.followed.finish(solved.is_err()).await;
-        solved?;
-        returned.map(drop).map_err(|s| fault_of(&s))
+        self.driven.end(done).await.map(drop)
     }
 }
 

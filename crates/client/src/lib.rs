@@ -9,6 +9,8 @@
 //! - [`Client::ask`]: the same, for a question that a frontend answers instead of building.
 //! - [`Client::hold`]: a build whose [`Held`] result other builds go on from; [`Client::share`]:
 //!   directories that several builds read.
+//! - [`Client::debug`]: a build that stays open when it fails, as a [`DebugBuild`], whose failed
+//!   [`Step`] can be entered and looked into.
 //! - [`WorkerInfo`], [`UsageInfo`], [`Status`] and the like: answers as plain data that serialize
 //!   as Go's client prints them.
 //!
@@ -21,6 +23,8 @@
 
 mod build;
 mod client;
+mod debug;
+mod driven;
 mod held;
 mod history;
 mod layout;
@@ -36,6 +40,10 @@ mod trace;
 
 pub use build::{CacheEntry, Definition, Export, Outcome, SolveOptions, Target};
 pub use client::{Client, ConnectOptions, PruneOptions};
+pub use debug::{
+    BuildState, DebugBuild, DebugContainer, DebugProcess, Event, FileEntry, Invocation, Place,
+    ProcessInput, Step, StepMount, failed_step,
+};
 pub use held::{Held, HeldState, SharedDirs};
 pub use history::{
     HistoryBlob, HistoryEvent, HistoryKind, HistoryQuery, HistoryRecord, HistoryResult,

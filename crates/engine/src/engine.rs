@@ -3,6 +3,7 @@
 use crate::{
     build::{Build, BuildScope, Shared},
     export::mounts::{self, MountRequests},
+    failures::without_states,
     finalize::Finalizing,
     parts::EngineParts,
     permit, pipeline,
@@ -169,12 +170,13 @@ impl EngineInner {
 impl Engine {
     /// An engine of these parts.
     pub fn new(parts: EngineParts) -> Self {
+        let shared = Shared::new(&parts);
         Self(Arc::new(EngineInner {
             parts: Arc::new(parts),
             running: Mutex::default(),
             recent: Mutex::default(),
             begun: watch::Sender::new(0),
-            shared: Shared::default(),
+            shared,
             finalizing: Arc::default(),
         }))
     }
@@ -246,6 +248,7 @@ impl Engine {
             scope.watch_usage();
         }
         let (id, internal) = (request.id.clone(), request.internal);
+        let failed = scope.data.failed.clone();
         let mut outcome =
             pipeline::run(Build::new(scope.clone()), request, wanted, exporters).await;
         if let Ok(response) = &mut outcome {
@@ -255,14 +258,17 @@ impl Engine {
         journal.close();
         if !internal {
             let finished = outcome.as_ref().map(|response| response.finished.clone());
-            parts.history.completed(&id, &journal, finished.map_err(Fault::clone)).await;
+            parts.history.completed(&id, &journal, finished.map_err(without_states)).await;
             if let Some(trace) = running.trace.take() {
                 self.0.finalizing.keep(parts.history.clone(), id, trace);
             }
         }
         running.done = true;
         running.count(outcome.as_ref().err());
-        outcome
+        if internal {
+            return outcome;
+        }
+        outcome.map_err(|fault| self.0.shared.failures.keep(fault, &failed))
     }
 
     fn begin(&self, request: &BuildRequest, journal: Journal) -> Result<Running> {
@@ -318,6 +324,11 @@ impl Engine {
     /// [`finalize`](Self::finalize) of all builds.
     pub async fn finalize_all(&self) {
         self.0.finalizing.hurry_all().await;
+    }
+
+    /// Removes what failed steps left; for the daemon's end.
+    pub async fn forget_failures(&self) {
+        self.0.shared.failures.clear().await;
     }
 
     /// How `caller` can follow the build `id`, which may be about to begin. Builds of others are

@@ -1,6 +1,6 @@
 //! What an engine is made of.
 
-use crate::image_frontends::ImageFrontends;
+use crate::{failures::FailureLimits, image_frontends::ImageFrontends};
 use shipway_attest::Builder;
 use shipway_buildcache::CacheIndex;
 use shipway_exporters::Exporters;
@@ -53,6 +53,8 @@ pub struct EngineParts {
     pub proxied: bool,
     /// Which frontends out of images may run.
     pub image_frontends: ImageFrontends,
+    /// Which failed steps are kept.
+    pub failures: FailureLimits,
     /// What frontends know of the worker besides its platforms.
     pub worker: Worker,
 }

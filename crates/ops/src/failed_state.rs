@@ -42,6 +42,17 @@ struct Written {
 #[derive(Clone, Default)]
 pub struct FailedStates(Arc<Mutex<HashMap<String, Arc<Entry>>>>);
 
+/// A state that a failed operation left, committed.
+#[derive(Clone)]
+pub struct LeftState {
+    /// Its id in the fault.
+    pub id: String,
+    /// The state.
+    pub state: ImmutableRef,
+    /// Whether the operation wrote it; else it was there before.
+    pub written: bool,
+}
+
 /// The states of one failed operation, as they get their ids.
 #[derive(Default)]
 struct Collected(Vec<(String, Arc<Entry>)>);
@@ -124,6 +135,26 @@ impl FailedStates {
         ids
     }
 
+    /// The states that `fault` names, committed; those that cannot be are left out.
+    pub async fn left(&self, fault: &Fault) -> Vec<LeftState> {
+        let mut all = Vec::new();
+        for id in self.named_by(fault) {
+            let entry = self.lock().get(&id).cloned();
+            let written = entry.is_some_and(|entry| matches!(*entry, Entry::Written(_)));
+            match self.state(&id).await {
+                Ok(state) => all.push(LeftState { id, state, written }),
+                Err(error) => tracing::debug!(%id, %error, "failed to keep a failed step's state"),
+            }
+        }
+        all
+    }
+
+    /// Gives the build what another one's operation left, under the same ids.
+    pub fn adopt(&self, left: Vec<LeftState>) {
+        let entry = |left: LeftState| (left.id, Arc::new(Entry::Done(left.state)));
+        self.keep(&Collected(left.into_iter().map(entry).collect()));
+    }
+
     /// The state `id`.
     pub async fn state(&self, id: &str) -> Result<ImmutableRef> {
         let entry = self.lock().get(id).cloned();
@@ -137,7 +168,7 @@ impl FailedStates {
                     let state = state.ok_or_else(|| {
                         Fault::not_found(format!("the state {id} of a failed operation was lost"))
                     })?;
-                    let description = state.description().to_owned();
+                    let description = format!("left by a failed step: {}", state.description());
                     state.commit(description).await
                 };
                 written.committed.get_or_try_init(commit).await.cloned()

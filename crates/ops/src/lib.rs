@@ -35,7 +35,7 @@ pub use devices::DeviceGrants;
 pub use emulator::Emulators;
 pub use exec::{HeldSteps, LeftSteps, LogLimits};
 pub use export_plan::ExportPlan;
-pub use failed_state::FailedStates;
+pub use failed_state::{FailedStates, LeftState};
 pub use job::{BuildJudge, Entitlements, JobData, Judge, NetworkGrants, Services};
 pub use op::LlbOp;
 pub use step_options::StepOptions;

@@ -207,6 +207,11 @@ impl RefStore {
         None
     }
 
+    /// Forgets when and how often a state was used: a prune that need not take all takes it first.
+    pub fn forget_use(&self, id: &RefId) {
+        self.0.backend.uses.forget(id);
+    }
+
     fn states(&self) -> States<'_> {
         let Inner { backend, records, named, .. } = &*self.0;
         States { backend, records, named }

@@ -52,11 +52,7 @@ enum Command {
     History(history::Args),
     /// Forget builds that ended and are not pinned
     PruneHistories(history::Histories),
-    /// Look inside
-    Debug {
-        #[command(subcommand)]
-        command: debug::Debug,
-    },
+    Debug(Box<debug::DebugArgs>),
     /// Write an image again with layers that can be pulled lazily
     Convert(Box<convert::Args>),
     Certs(certs::Args),
@@ -110,7 +106,7 @@ pub(crate) async fn main() -> Result<ExitCode> {
     let mut connect = line.connect;
     connect.builder = line.builder;
     match line.command {
-        Command::Build(args) => return build::run(&connect, *args, line.debug).await,
+        Command::Build(args) => return build::run(&connect, *args, line.debug, None).await,
         Command::Bake(args) => return bake::run(&connect, *args, line.debug).await,
         Command::Du(args) => du::run(&connect.connect(PERSONA).await?, args).await,
         Command::Prune(args) => prune::run_or_show(&connect.connect(PERSONA).await?, args).await,
@@ -122,7 +118,7 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::PruneHistories(args) => {
             history::prune(&connect.connect(PERSONA).await?, args).await
         }
-        Command::Debug { command } => debug::run(&connect, PERSONA, command).await,
+        Command::Debug(args) => return debug::of_builds(&connect, *args, line.debug).await,
         Command::Convert(args) => convert::run(*args).await,
         Command::Certs(args) => certs::run(&args),
         Command::Doctor(args) => return doctor::run(&connect, args).await,

@@ -292,6 +292,11 @@ impl Spread {
 }
 
 impl Built {
+    /// What the only part of a build, on `node`, came to.
+    pub(crate) fn alone(node: usize, outcome: Outcome) -> Self {
+        Self { response: outcome.response.clone(), outcomes: vec![(node, outcome)] }
+    }
+
     /// What `outcomes` of all parts come to, whose images `join` puts together, if there are
     /// several.
     pub(crate) async fn of(

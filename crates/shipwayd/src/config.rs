@@ -363,6 +363,12 @@ pub struct System {
     /// How long the import of a cache may take.
     #[serde(rename = "cacheImportTimeout")]
     pub cache_import_timeout: Option<Span>,
+    /// How many steps are kept that failed.
+    #[serde(rename = "keepFailedSteps")]
+    pub keep_failed_steps: Option<usize>,
+    /// How long each of them.
+    #[serde(rename = "keepFailedStepsFor")]
+    pub keep_failed_steps_for: Option<Span>,
 }
 
 impl Config {

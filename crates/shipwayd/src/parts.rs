@@ -95,6 +95,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
         gc,
         registry,
         import_deadline,
+        failures,
         prefer_local_images,
         lazy_blobs,
         snapshotter_control,
@@ -245,6 +246,7 @@ pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, L
             gateway.enabled != Some(false),
             &gateway.allowed_repositories,
         )?,
+        failures,
         worker: described,
     });
     let worker = WorkerInfo { id, labels, platforms, gc: rules, disk };

@@ -172,6 +172,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     services.held.leave();
     let clean = async {
         engine.finalize_all().await;
+        engine.forget_failures().await;
         services.executor.drained().await;
         if let Err(error) = services.refs.close().await {
             tracing::warn!(%error, "failed to sync the last snapshots to disk");

@@ -143,6 +143,8 @@ pub struct Settings {
     pub registry: RegistryConfig,
     /// How long a build waits for a cache that it imports.
     pub import_deadline: Duration,
+    /// Which failed steps are kept.
+    pub failures: shipway_engine::FailureLimits,
     /// Which images of the store are taken without asking their registry.
     pub prefer_local_images: LocalImages,
     /// When blobs are fetched that images in the store do without.
@@ -535,6 +537,14 @@ impl Settings {
                 max_concurrency: concurrency,
                 denied: denied_networks.unwrap_or_default(),
                 ..RegistryConfig::default()
+            },
+            failures: shipway_engine::FailureLimits {
+                count: system
+                    .keep_failed_steps
+                    .unwrap_or(shipway_engine::FailureLimits::default().count),
+                age: system
+                    .keep_failed_steps_for
+                    .map_or(shipway_engine::FailureLimits::default().age, |span| span.0),
             },
             import_deadline: system
                 .cache_import_timeout

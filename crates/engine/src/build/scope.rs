@@ -5,6 +5,7 @@ use super::{
     usage::Sampler,
 };
 use crate::{
+    failures::Failures,
     parts::EngineParts,
     request::{BuildPolicy, BuildRequest},
 };
@@ -24,12 +25,24 @@ use std::{
 };
 
 /// What running builds share. Clones share it, too.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Shared {
     /// Which requests of running builds made what others take as inputs.
     pub(crate) producers: Producers,
     /// Graphs of running build operations.
     pub(crate) nested: NestedGraphs,
+    /// What failed steps left.
+    pub(crate) failures: Arc<Failures>,
+}
+
+impl Shared {
+    pub(crate) fn new(parts: &EngineParts) -> Self {
+        Self {
+            producers: Producers::default(),
+            nested: NestedGraphs::default(),
+            failures: Failures::new(parts.failures, parts.caches.clone()),
+        }
+    }
 }
 
 /// What a frontend knows of the failures of what it asked for.

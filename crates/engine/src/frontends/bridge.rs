@@ -4,6 +4,7 @@ use super::{container::EngineContainer, image};
 use crate::{
     build::{Build, CallLog, Explainer, FrontendCall, SourceQuery},
     export::caches,
+    failures::FAILED_STEP,
     image_frontends::ImageFrontends,
     parts::EngineParts,
     provenance,
@@ -196,6 +197,11 @@ impl Bridge for EngineBridge {
                         as Arc<dyn BuildRef>,
                 )),
                 None if request.frontend.is_empty() => FrontendResult::of(None),
+                None if request.frontend == FAILED_STEP => {
+                    let scope = &self.build.scope;
+                    let failures = &scope.shared.failures;
+                    return Err(failures.open(&request.options, &scope.data.failed).await);
+                }
                 None => self.run_frontend(request).await?,
             };
             if evaluate {

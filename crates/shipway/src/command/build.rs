@@ -28,12 +28,13 @@ use crate::{
     Persona,
     builders::{BuildState, Store},
     connect::ConnectArgs,
+    debugger::Looking,
     nodes::platforms_of,
     notes::Notes,
     output,
     progress::Mode,
     run::{self, Extras},
-    spread::Spread,
+    spread::{Built, Spread},
 };
 
 /// Build an image from a Dockerfile. Without --output, the image is in containerd's store when the
@@ -234,12 +235,29 @@ impl Args {
     }
 }
 
-pub(crate) async fn run(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitCode> {
-    attempt(connect, args, debug).await.map_err(|fault| fault.context("failed to build"))
+/// Builds; `debug` prints warnings in full, and `looking` looks into the build where it stops.
+pub(crate) async fn run(
+    connect: &ConnectArgs,
+    args: Args,
+    debug: bool,
+    looking: Option<&Looking>,
+) -> Result<ExitCode> {
+    let done = attempt(connect, args, debug, looking).await;
+    done.map_err(|fault| fault.context("failed to build"))
 }
 
-async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitCode> {
+async fn attempt(
+    connect: &ConnectArgs,
+    args: Args,
+    debug: bool,
+    looking: Option<&Looking>,
+) -> Result<ExitCode> {
     // Mistakes in the arguments are reported before anything is connected to.
+    if looking.is_some() && (args.context == "-" || args.file.as_deref() == Some("-")) {
+        let what = "the build reads standard input, which is needed to look into it";
+        return Err(Fault::invalid(what)
+            .hint("name a directory as the context, and a Dockerfile with --file"));
+    }
     let reading = (args.file.clone(), args.context.clone());
     let call = Call::of(&args)?;
     let input = move || Input::read(reading.0.as_deref(), &reading.1);
@@ -265,6 +283,10 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     for part in &parts {
         remember(nodes.names(part.node), &options.reference, &args, &input);
     }
+    if looking.is_some() && parts.len() > 1 {
+        return Err(Fault::unimplemented("looking into a build on several nodes")
+            .hint("name one platform with --platform"));
+    }
     let (input, stdin) = match parts.len() {
         1 => (input, None),
         _ => {
@@ -272,12 +294,20 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
             shipway_task::blocking("read standard input", spool).await?
         }
     };
-    let spread = Spread::of(&nodes, &parts, &options, stdin.as_ref()).await?;
-    drop(options);
-    let extras = Extras::default();
-    let work = async |events, stop| spread.build(events, stop).await;
-    let (built, shown) =
-        run::watched(mode, &extras, work).await.map_err(|fault| input.named(fault))?;
+    let built = match looking {
+        Some(looking) => {
+            let named = |fault| input.named(fault);
+            let done = looking.build(&client, options, mode, &named).await;
+            done.map(|(outcome, shown)| (Built::alone(parts[0].node, outcome), shown))
+        }
+        None => {
+            let spread = Spread::of(&nodes, &parts, &options, stdin.as_ref()).await?;
+            drop(options);
+            let work = async |events, stop| spread.build(events, stop).await;
+            run::watched(mode, &Extras::default(), work).await
+        }
+    };
+    let (built, shown) = built.map_err(|fault| input.named(fault))?;
     if let Some(path) = &args.metadata_file {
         let notes = Notes::of(|name| std::env::var(name).ok());
         let mut all = notes.of_build(&nodes, &built.outcomes).await?;

@@ -1,5 +1,7 @@
 //! `debug`: what `buildctl debug` has (rows `ct.dbg.*`), for both personas.
 
+mod step;
+
 use std::{io::Read as _, path::PathBuf};
 
 use futures::StreamExt;
@@ -18,6 +20,8 @@ use crate::{
     progress::Mode,
     run::until_interrupted,
 };
+
+pub(crate) use step::{DebugArgs, of_builds};
 
 /// Largest definition that is read.
 const MAX_DEFINITION: u64 = 64 << 20;

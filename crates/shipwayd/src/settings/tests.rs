@@ -130,6 +130,8 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("system.platformsCacheMaxAge", "-1", ""),
     ("system.maxRegistryConcurrency", "9", ""),
     ("system.cacheImportTimeout", "'7s'", ""),
+    ("system.keepFailedSteps", "3", ""),
+    ("system.keepFailedStepsFor", "'7s'", ""),
     ("system.drainTimeout", "'7m'", ""),
     ("system.adoptTimeout", "'7m'", ""),
     ("cache", "{ gha = { sign = {} } }", ""),
