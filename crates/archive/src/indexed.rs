@@ -393,7 +393,7 @@ impl Read for Input {
 
 /// A member in the words of the writer.
 fn entry(member: Member) -> TarEntry {
-    let Member { path, kind, mode, uid, gid, size, mtime, xattrs } = member;
+    let Member { path, kind, mode, uid, gid, size, mtime, xattrs, .. } = member;
     let kind = match kind {
         MemberKind::File => TarKind::File(size),
         MemberKind::HardLink(target) => TarKind::HardLink(target),

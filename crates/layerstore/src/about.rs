@@ -90,6 +90,7 @@ enum StoredCodec {
     PlainZstd,
     SealedGzip,
     SealedZstd,
+    IndexedGzip,
 }
 
 /// How the pieces of a layer's blob are decompressed.
@@ -101,6 +102,9 @@ pub(crate) enum Pieces {
     Spans(u64, Digest),
     /// Not at all: the layer is whole, or it is not there.
     Sealed,
+    /// By a file of spans that somebody else made, with a file of entries: lengths and digests of
+    /// both.
+    Indexed([(u64, Digest); 2]),
 }
 
 /// What never changes.
@@ -123,7 +127,11 @@ pub(crate) struct Fixed {
     pub spans_bytes: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spans_digest: Option<Digest>,
-    /// Digest of the tar, where all of it was read before the layer was made: of plain layers.
+    /// Of the file of entries, which only layers have that somebody else's index is of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entries: Option<(u64, Digest)>,
+    /// Digest of the tar, where all of it was read before the layer was made: of plain layers. Of
+    /// those with somebody else's index, what the image's config says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diff_id: Option<DiffId>,
 }
@@ -131,7 +139,10 @@ pub(crate) struct Fixed {
 impl Fixed {
     pub fn codec(&self) -> Codec {
         match self.codec {
-            StoredCodec::Gzip | StoredCodec::PlainGzip | StoredCodec::SealedGzip => Codec::Gzip,
+            StoredCodec::Gzip
+            | StoredCodec::PlainGzip
+            | StoredCodec::SealedGzip
+            | StoredCodec::IndexedGzip => Codec::Gzip,
             StoredCodec::Zstd | StoredCodec::PlainZstd | StoredCodec::SealedZstd => Codec::Zstd,
         }
     }
@@ -159,10 +170,18 @@ impl Fixed {
             (Codec::Zstd, Pieces::Spans(..)) => StoredCodec::PlainZstd,
             (Codec::Gzip, Pieces::Sealed) => StoredCodec::SealedGzip,
             (Codec::Zstd, Pieces::Sealed) => StoredCodec::SealedZstd,
+            // Only gzip has such indexes.
+            (_, Pieces::Indexed(_)) => StoredCodec::IndexedGzip,
         };
         (self.spans_bytes, self.spans_digest) = match pieces {
-            Pieces::Spans(bytes, digest) => (bytes, Some(digest)),
+            Pieces::Spans(bytes, digest) | Pieces::Indexed([(bytes, digest), _]) => {
+                (bytes, Some(digest))
+            }
             Pieces::Frames | Pieces::Sealed => (0, None),
+        };
+        self.entries = match pieces {
+            Pieces::Indexed([_, entries]) => Some(entries),
+            Pieces::Spans(..) | Pieces::Frames | Pieces::Sealed => None,
         };
         // No blob has data at its very beginning, where a header is.
         self.landmark = landmark.map(|landmark| match landmark {
@@ -186,6 +205,7 @@ impl Fixed {
             meta_digest: Digest::from_bytes([0; 32]),
             spans_bytes: 0,
             spans_digest: None,
+            entries: None,
             diff_id: None,
         }
     }

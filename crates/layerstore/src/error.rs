@@ -97,6 +97,18 @@ pub enum Error {
         /// What was found.
         actual: Digest,
     },
+    /// The bytes of a span are not what somebody else's index promises.
+    #[error("the span at {offset} of layer {layer} has the digest {actual}, expected {expected}")]
+    Span {
+        /// The layer.
+        layer: LayerNumber,
+        /// Where in the blob it begins.
+        offset: u64,
+        /// What the index says.
+        expected: Digest,
+        /// What was found.
+        actual: Digest,
+    },
     /// The bytes of a frame cannot be decompressed or are too few.
     #[error("a frame of layer {layer} cannot be read: {why}")]
     Frame {
@@ -163,7 +175,10 @@ impl Error {
     /// Whether the bytes that were fetched are not the promised ones, so that another source may
     /// have the right ones. Everything else stays as it is.
     pub fn is_wrong_bytes(&self) -> bool {
-        matches!(self, Self::Digest { .. } | Self::Frame { .. } | Self::Blob { .. })
+        matches!(
+            self,
+            Self::Digest { .. } | Self::Span { .. } | Self::Frame { .. } | Self::Blob { .. }
+        )
     }
 }
 
@@ -180,6 +195,7 @@ impl From<Error> for Fault {
             }
             Error::Damaged { .. }
             | Error::Digest { .. }
+            | Error::Span { .. }
             | Error::Frame { .. }
             | Error::Blob { .. }
             | Error::Lying { .. } => fault(Code::DataLoss),

@@ -1,6 +1,7 @@
 //! What has to be fetched for some blocks, and what comes of it.
 
 use crate::{Error, Good, Layer, Result, index::Chunk, layer::Open};
+use shipway_oci::Digest;
 use std::{
     cell::Cell,
     io::{self, BufRead, Read},
@@ -171,8 +172,46 @@ impl Layer {
     /// chunk is handed to `good` at once. The first chunk that is wrong ends it; those before it
     /// are stored.
     ///
-    /// No more is decompressed than the chunks need, and no more than one is in memory.
+    /// No more is decompressed than the chunks need, and no more than one is in memory. Of a layer
+    /// that [is indexed](Layer::is_indexed) the whole frame is, for only that has a digest. If this
+    /// is right and the index has something else in it, the layer is [`crate::State::Lying`].
     pub fn write_frame(
+        &self,
+        frame: &Frame,
+        compressed: impl BufRead,
+        good: impl FnMut(Good),
+    ) -> Result<()> {
+        if !self.is_indexed() {
+            return self.write_chunks(frame, compressed, good);
+        }
+        let bytes = self.read_span(frame, compressed)?;
+        match self.write_chunks(frame, &bytes[..], good) {
+            Err(Error::Frame { layer, why }) => {
+                let difference = format!("there is no such data at {}: {why}", frame.offset);
+                self.mark_lying(&difference)?;
+                Err(Error::Lying { layer, difference })
+            }
+            written => written,
+        }
+    }
+
+    /// The bytes of a frame whose own digest is promised.
+    fn read_span(&self, frame: &Frame, compressed: impl BufRead) -> Result<Vec<u8>> {
+        let (layer, offset) = (self.number(), frame.offset);
+        let mut bytes = Vec::new();
+        compressed
+            .take(frame.len)
+            .read_to_end(&mut bytes)
+            .map_err(|e| Error::io(format_args!("read a frame of layer {layer}"), e))?;
+        let promised = frame.chunks.first().and_then(|chunk| chunk.record.digest);
+        let (expected, actual) = (promised.ok_or(Error::Foreign("frame"))?, Digest::of(&bytes));
+        match actual == expected {
+            true => Ok(bytes),
+            false => Err(Error::Span { layer, offset, expected, actual }),
+        }
+    }
+
+    fn write_chunks(
         &self,
         frame: &Frame,
         compressed: impl BufRead,
@@ -199,7 +238,7 @@ impl Layer {
                 return Err(wrong("it ends too early".to_owned()));
             }
             at = inner + size;
-            good(self.write(chunk, &data)?);
+            good(self.put(chunk, &data)?);
         }
         Ok(())
     }

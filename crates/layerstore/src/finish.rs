@@ -239,7 +239,7 @@ pub(crate) struct Blob<R> {
     inner: R,
     hasher: Hasher,
     size: u64,
-    has_failed: bool,
+    pub(crate) has_failed: bool,
 }
 
 impl<R> Blob<R> {

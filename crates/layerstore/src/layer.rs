@@ -4,6 +4,7 @@ use crate::{
     Error, Result,
     about::{ABOUT, About, Changing, Fixed, LayerKey, LayerNumber, State},
     bits::Bits,
+    digests::{DIGEST, DIGESTS, Digests, ENTRIES},
     disk,
     fetch::Extents,
     index::{self, Chunk, ChunkId, Chunks, Index, PageCache, blocks_of},
@@ -84,6 +85,8 @@ struct Known {
 pub(crate) struct Open {
     pub data: File,
     pub index: Index,
+    /// What was found out of chunks whose digests nobody promised.
+    pub digests: Option<Digests>,
     claims: File,
     marks: Mutex<Marks>,
     /// When each segment was fetched or missed last, in seconds of this life; 0 is before.
@@ -481,7 +484,19 @@ impl Layer {
         self.fixed.is_sealed()
     }
 
-    /// Digest of its tar, which is known of plain layers.
+    /// Whether it was made of somebody else's index ([`crate::Indexed`]), so that the digests of
+    /// its chunks are not known before they are there.
+    pub fn is_indexed(&self) -> bool {
+        self.fixed.entries.is_some()
+    }
+
+    /// Length and digest of the file of entries, if it has one.
+    pub(crate) fn entries_file(&self) -> Option<(u64, Digest)> {
+        self.fixed.entries
+    }
+
+    /// Digest of its tar, which is known of plain layers. If the layer [is
+    /// indexed](Layer::is_indexed) it is what the image's config says, until the layer is whole.
     pub fn diff_id(&self) -> Option<DiffId> {
         self.fixed.diff_id
     }
@@ -545,7 +560,8 @@ impl Layer {
         let marks = Mutex::new(Marks { verified, claimed, held: Vec::new(), next: 0 });
         let segments = (self.data_blocks() * DATA_BLOCK).div_ceil(SEGMENT);
         let segments = (0..segments).map(|_| AtomicU32::new(0)).collect();
-        let open = Open { data: open(DATA, true)?, index, claims, marks, segments };
+        let digests = self.is_indexed().then(|| open(DIGESTS, true)).transpose()?.map(Digests);
+        let open = Open { data: open(DATA, true)?, index, digests, claims, marks, segments };
         Ok(self.open.get_or_init(|| Arc::new(open)))
     }
 
@@ -557,8 +573,15 @@ impl Layer {
             (INDEX, index::bytes(self.fixed.chunks)),
             (CLAIMS, Bits::bytes(self.fixed.chunks)),
             (SPANS, self.fixed.spans_bytes),
+            (ENTRIES, self.fixed.entries.map_or(0, |(bytes, _)| bytes)),
+            (DIGESTS, self.digests_bytes()),
         ] {
-            if file == SPANS && self.fixed.spans_digest.is_none() {
+            let is_absent = match file {
+                SPANS => self.fixed.spans_digest.is_none(),
+                ENTRIES | DIGESTS => !self.is_indexed(),
+                _ => false,
+            };
+            if is_absent {
                 continue;
             }
             let path = self.directory.join(file);
@@ -579,6 +602,10 @@ impl Layer {
         Ok(())
     }
 
+    fn digests_bytes(&self) -> u64 {
+        if self.is_indexed() { u64::from(self.fixed.chunks) * DIGEST as u64 } else { 0 }
+    }
+
     /// What it takes on the disk now.
     pub fn usage(&self) -> Result<Usage> {
         let path = self.data_path();
@@ -594,7 +621,9 @@ impl Layer {
         let chunks = self.fixed.chunks;
         let about = DATA_BLOCK;
         let Fixed { meta_bytes, spans_bytes, .. } = self.fixed;
+        let indexed = [self.fixed.entries.map_or(0, |(bytes, _)| bytes), self.digests_bytes()];
         let other = [meta_bytes, spans_bytes, index::bytes(chunks), Bits::bytes(chunks), about];
+        let other = [&other[..], &indexed].concat();
         let other = other.iter().map(|bytes| bytes.next_multiple_of(DATA_BLOCK)).sum();
         Ok(Usage { data, other })
     }
@@ -644,6 +673,15 @@ impl Layer {
     ///
     /// Any number of threads may write at the same time, the same chunk as well.
     pub fn write(&self, chunk: &Chunk, bytes: &[u8]) -> Result<Good> {
+        match self.is_indexed() {
+            // No digest of a chunk is promised.
+            true => Err(Error::Foreign("chunk")),
+            false => self.put(chunk, bytes),
+        }
+    }
+
+    /// The same, for a chunk out of a frame whose own digest was right if there is none of chunks.
+    pub(crate) fn put(&self, chunk: &Chunk, bytes: &[u8]) -> Result<Good> {
         let open = self.open()?;
         let (id, record) = (chunk.id.0, &chunk.record);
         if id >= open.index.count || open.index.get(id)? != *record {
@@ -657,8 +695,14 @@ impl Layer {
         }
         let layer = self.number();
         let actual = Digest::of(bytes);
-        if actual != expected || bytes.len() as u64 != record.size {
+        let is_right = open.digests.is_some() || actual == expected;
+        if !is_right || bytes.len() as u64 != record.size {
             return Err(Error::Digest { layer, chunk: chunk.id, expected, actual });
+        }
+        if let Some(digests) = &open.digests {
+            digests.learn(chunk.id, &actual).map_err(|e| {
+                Error::io(format_args!("write what is known of the data of layer {layer}"), e)
+            })?;
         }
         let hold = open.hold(chunk.blocks());
         let (end, padded) = (record.data + record.size, open.padded_end(id, record)?);
@@ -697,6 +741,9 @@ impl Layer {
         match record.digest {
             None => open.punch(&(record.data..open.padded_end(id, record)?))?,
             Some(expected) => {
+                // One that cannot be read is found not to be right.
+                let learned = open.digests.as_ref().map(|digests| digests.get(chunk.id));
+                let expected = learned.and_then(Result::ok).unwrap_or(expected);
                 if !open.is_right(id, record, expected)? {
                     let mut marks = lock(&open.marks);
                     // Somebody else may have written it meanwhile.

@@ -8,6 +8,8 @@
 //!                /index        which chunk of the blob goes where in the data
 //!                /claims       a bit for each chunk: it was written once
 //!                /spans        of a plain layer: where its blob can be decompressed from
+//!                /entries      of an indexed layer: what its index says of the tar
+//!                /digests      of an indexed layer: what was found out of each chunk
 //!                /whole        is there if all data is, and on the disk
 //! layers/new.<number>/         a layer that is being made
 //! layers/trash/                what is to be removed
@@ -23,6 +25,9 @@
 //! - [`Plain`] is an ordinary layer, of which somebody has the whole blob for once:
 //!   [`LayerStore::create_plain`] keeps what makes it lazy the next time. How the bytes of a frame
 //!   are decompressed is all that is different about it.
+//! - [`Indexed`] is an ordinary layer that somebody else made an index of, a zTOC: lazy without
+//!   having been here. Its spans have digests and its chunks have none, so a span is checked as a
+//!   whole before anything is taken out of it.
 //! - [`Layer::pieces`] says what digests files' contents have, without reading them.
 //! - [`LayerStore::unpack`] writes the data while the blob comes: the layer is whole when it is
 //!   made.
@@ -43,7 +48,8 @@
 //! that told the keeper of the data ([`Layer::restore`]), or if the layer is whole. Everything else
 //! that the files say of data is only a hint: claims lead to a check, never to a good block. So
 //! data is written without waiting for the disk, in any order, and a kill or a power cut at any
-//! point costs no more than fetching again. `about`, `meta`, `index` and `spans` have checksums.
+//! point costs no more than fetching again. `about`, `meta`, `index`, `spans` and `entries` have
+//! checksums; a digest of `digests` that is damaged is that of no data.
 //!
 //! # Dependencies
 //!
@@ -53,11 +59,13 @@
 mod about;
 mod bits;
 mod build;
+mod digests;
 mod disk;
 mod error;
 mod fetch;
 mod finish;
 mod index;
+mod indexed;
 mod layer;
 mod lease;
 mod pieces;
@@ -74,6 +82,7 @@ pub use about::{
 pub use error::{Error, Refused, Result};
 pub use fetch::{Extent, Extents, Frame, JOIN_GAP, MAX_EXTENT};
 pub use index::{Chunk, ChunkId, Chunks};
+pub use indexed::Indexed;
 pub use layer::{Good, Layer, SEGMENT, Usage};
 pub use plain::Plain;
 pub use room::{Eviction, Evictions, Room, Use};

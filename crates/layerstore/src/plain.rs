@@ -137,15 +137,19 @@ impl LayerStore {
         let about =
             Description { blob_size: scan.size, codec: *codec, repository: repository.to_owned() };
         let spans = scan.is_resumable().then(|| scan.encode());
-        let of = Made::OfPlain { diff_id: plain.diff_id(), spans: spans.as_deref(), data };
+        let of = Made::Plain { diff_id: plain.diff_id(), spans: spans.as_deref(), data };
         self.create_with(LayerKey::plain(scan.blob), &about, toc, of)
     }
 }
 
 impl Layer {
     /// As [`Layer::finish`], for a plain layer: what its table of contents says was made of the
-    /// blob, so that nothing is to be compared.
+    /// blob, so that nothing is to be compared. If the layer [is indexed](Layer::is_indexed),
+    /// everything is.
     pub fn finish_plain(&self, blob: impl Read, good: &mut dyn FnMut(Good)) -> Result<()> {
+        if self.is_indexed() {
+            return self.finish_indexed(blob, good);
+        }
         let layer = self.number();
         let mut blob = Blob::new(blob.take(self.blob_size() + 1));
         let failed = |error| Error::io(format_args!("read the blob of layer {layer}"), error);

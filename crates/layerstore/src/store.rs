@@ -4,7 +4,9 @@ use crate::{
     Error, Result,
     about::{ABOUT, About, Changing, Description, Fixed, LayerKey, LayerNumber},
     bits::Bits,
-    build, disk, index,
+    build,
+    digests::{DIGEST, DIGESTS, ENTRIES},
+    disk, index,
     layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META, WHOLE},
     lock,
     spans::SPANS,
@@ -255,7 +257,7 @@ impl LayerStore {
     ///
     /// [`Error::Refused`] if the layer has to be unpacked.
     pub fn create(&self, key: LayerKey, about: &Description, toc: &Toc) -> Result<Arc<Layer>> {
-        self.create_with(key, about, toc, Made::OfToc)
+        self.create_with(key, about, toc, Made::Toc)
     }
 
     /// As [`LayerStore::create`], of what there is besides the table of contents.
@@ -365,6 +367,12 @@ impl LayerStore {
         })?;
         if let Some(spans) = of.spans() {
             file(SPANS, &mut |file| file.write_all_at(spans, 0))?;
+        }
+        if let Some(entries) = of.entries() {
+            file(ENTRIES, &mut |file| file.write_all_at(entries, 0))?;
+            // As with claims below.
+            let digests = vec![0; fixed.chunks as usize * DIGEST];
+            file(DIGESTS, &mut |file| file.write_all_at(&digests, 0))?;
         }
         // Zeros and not a hole: to claim something later needs no space.
         let claims = Bits::bytes(fixed.chunks) as usize;

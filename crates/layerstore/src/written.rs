@@ -110,9 +110,9 @@ impl Drop for Data {
 #[derive(Clone, Copy)]
 pub(crate) enum Made<'a> {
     /// Nothing.
-    OfToc,
+    Toc,
     /// The whole blob was read.
-    OfPlain {
+    Plain {
         /// Digest of its tar.
         diff_id: DiffId,
         /// The file of spans, if it can be resumed.
@@ -120,37 +120,57 @@ pub(crate) enum Made<'a> {
         /// All of its data, if it was written.
         data: Option<&'a Data>,
     },
+    /// Somebody else's index.
+    Index {
+        /// What the image's config says of the tar.
+        diff_id: DiffId,
+        /// The file of spans.
+        spans: &'a [u8],
+        /// The file of entries.
+        entries: &'a [u8],
+    },
 }
 
 impl<'a> Made<'a> {
     pub fn pieces(self) -> Pieces {
         match self {
-            Self::OfToc => Pieces::Frames,
-            Self::OfPlain { spans: Some(spans), .. } => {
+            Self::Toc => Pieces::Frames,
+            Self::Plain { spans: Some(spans), .. } => {
                 Pieces::Spans(spans.len() as u64, Digest::of(spans))
             }
-            Self::OfPlain { spans: None, .. } => Pieces::Sealed,
+            Self::Plain { spans: None, .. } => Pieces::Sealed,
+            Self::Index { spans, entries, .. } => {
+                Pieces::Indexed([spans, entries].map(|f| (f.len() as u64, Digest::of(f))))
+            }
         }
     }
 
     pub fn diff_id(self) -> Option<DiffId> {
         match self {
-            Self::OfToc => None,
-            Self::OfPlain { diff_id, .. } => Some(diff_id),
+            Self::Toc => None,
+            Self::Plain { diff_id, .. } | Self::Index { diff_id, .. } => Some(diff_id),
         }
     }
 
     pub fn spans(self) -> Option<&'a [u8]> {
         match self {
-            Self::OfToc => None,
-            Self::OfPlain { spans, .. } => spans,
+            Self::Toc => None,
+            Self::Plain { spans, .. } => spans,
+            Self::Index { spans, .. } => Some(spans),
+        }
+    }
+
+    pub fn entries(self) -> Option<&'a [u8]> {
+        match self {
+            Self::Toc | Self::Plain { .. } => None,
+            Self::Index { entries, .. } => Some(entries),
         }
     }
 
     pub fn data(self) -> Option<&'a Data> {
         match self {
-            Self::OfToc => None,
-            Self::OfPlain { data, .. } => data,
+            Self::Toc | Self::Index { .. } => None,
+            Self::Plain { data, .. } => data,
         }
     }
 }

@@ -53,7 +53,7 @@ fn what_is_fetched_is_good() {
 #[test]
 fn blocks_are_good_when_all_their_chunks_are() {
     for seed in 1..=20 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         // Chunks much smaller than blocks, and such that cross them.
         let shape = Shape {
             output: *dice.pick(&OUTPUTS),
@@ -115,7 +115,7 @@ fn blocks_are_good_when_all_their_chunks_are() {
 fn extents_are_what_is_missing_joined() {
     let (mut joined, mut apart, mut packed) = (0, 0, 0);
     for seed in 1..=60 {
-        let mut dice = Dice(seed ^ 0x5555);
+        let mut dice = Dice::new(seed ^ 0x5555);
         let blob = random_blob(seed, 120);
         let directory = directory();
         let store = LayerStore::open(directory.path(), options("boot")).unwrap();
@@ -195,7 +195,7 @@ fn plain(output: Output) -> Shape {
 
 #[test]
 fn extents_have_a_largest_size() {
-    let mut dice = Dice(3);
+    let mut dice = Dice::new(3);
     let ops: Vec<Op> = (0..12).map(|n| file(&n.to_string(), dice.bytes(1 << 20))).collect();
     let blob = blob_of(&ops, plain(Output::Estargz));
     let directory = directory();
@@ -207,7 +207,7 @@ fn extents_have_a_largest_size() {
 
 #[test]
 fn zeros_stay_holes() {
-    let mut dice = Dice(5);
+    let mut dice = Dice::new(5);
     let mut sparse = vec![0; 3 << 20];
     sparse[2 << 20..].copy_from_slice(&dice.bytes(1 << 20));
     let ops = [file("zeros", vec![0; 5 << 20]), file("sparse", sparse), file("tail", vec![7; 10])];
@@ -260,7 +260,7 @@ fn landmarks_say_which_blocks_come_first() {
 #[test]
 fn after_a_restart_only_what_was_told_is_good() {
     for seed in 1..=20 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let blob = random_blob(seed, 50);
         let directory = directory();
         let boot = |n: u32| options(&format!("boot {n}"));
@@ -350,7 +350,7 @@ fn many_threads_write_the_same_chunks() {
         for thread in 1..=8 {
             let (blob, layer, told) = (&blob, &layer, &told);
             scope.spawn(move || {
-                let mut dice = Dice(thread * 7919);
+                let mut dice = Dice::new(thread * 7919);
                 let mut left = chunks(layer);
                 while !left.is_empty() {
                     let chunk = left.swap_remove(dice.below(left.len()));
@@ -385,7 +385,7 @@ fn chunks_of_other_layers_are_refused() {
 fn damaged_frames_are_refused() {
     let (mut refused, mut failed) = (0, 0);
     for seed in 1..=10 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let blob = random_blob(seed, 40);
         let directory = directory();
         let store = LayerStore::open(directory.path(), options("boot")).unwrap();
@@ -424,7 +424,7 @@ fn damaged_frames_are_refused() {
 #[test]
 fn a_full_disk_is_an_error_of_the_write() {
     let small = Tmpfs::new("size=600k");
-    let mut dice = Dice(11);
+    let mut dice = Dice::new(11);
     let ops: Vec<Op> = (0..20).map(|n| file(&n.to_string(), dice.bytes(50_000))).collect();
     let blob = blob_of(&ops, plain(Output::Estargz));
     let store = LayerStore::open(small.root(), options("boot")).unwrap();
@@ -460,7 +460,7 @@ fn a_full_disk_is_an_error_of_the_write() {
 #[test]
 fn digests_of_pieces_are_those_of_the_contents() {
     const PIECE: usize = 4096;
-    let mut dice = Dice(11);
+    let mut dice = Dice::new(11);
     let sizes = [1, PIECE - 1, PIECE, PIECE + 1, 5 * PIECE, 5 * PIECE + 7];
     let mut ops: Vec<Op> =
         sizes.iter().map(|size| file(&size.to_string(), dice.bytes(*size))).collect();

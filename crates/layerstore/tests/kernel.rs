@@ -15,7 +15,7 @@ use shipway_layerstore::{Error, LayerNumber, LayerStore, Options, Result, Use};
 fn a_mounted_layer_is_what_containerd_would_unpack() {
     let mut inodes = 0;
     for seed in 1..=16 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let ops = random_ops(seed, 15 * seed as usize);
         let blob = blob_of(&ops, Shape::random(&mut dice));
         let directory = directory();
@@ -33,7 +33,7 @@ fn a_mounted_layer_is_what_containerd_would_unpack() {
 #[test]
 fn nothing_is_taken_away_under_a_mount() {
     let ops = random_ops(5, 60);
-    let blob = blob_of(&ops, Shape::random(&mut Dice(5)));
+    let blob = blob_of(&ops, Shape::random(&mut Dice::new(5)));
     let directory = directory();
     let options = Options { max_bytes: Some(1), ..options("boot") };
     let store = LayerStore::open(directory.path(), options).unwrap();

@@ -36,7 +36,7 @@ fn tell(line: String) {
 }
 
 fn child(directory: &Path, seed: u64) {
-    let (blobs, store, mut dice) = (blobs(), open(directory), Dice(seed * 2 + 1));
+    let (blobs, store, mut dice) = (blobs(), open(directory), Dice::new(seed * 2 + 1));
     tell("open\n".to_owned());
     loop {
         let blob = dice.pick(&blobs);

@@ -270,7 +270,7 @@ fn whatever_happens_nothing_wrong_is_good() {
         let blobs: Vec<Blob> = (0..4).map(|n| random_blob(seed * 4 + n, 20)).collect();
         let directory = directory();
         let mut world = World {
-            dice: Dice(seed * 2 + 1),
+            dice: Dice::new(seed * 2 + 1),
             directory: directory.path(),
             blobs: &blobs,
             store: None,

@@ -32,7 +32,7 @@ fn gzip(level: u32, tar: &[u8]) -> Vec<u8> {
 /// A tar of entries in one gzip member, several of them, or several zstd frames.
 #[track_caller]
 fn ordinary(seed: u64, ops: &[model::Op]) -> Ordinary {
-    let mut dice = Dice(seed * 2 + 1);
+    let mut dice = Dice::new(seed * 2 + 1);
     let tar = tar_of(ops);
     let level = dice.below(10) as u32;
     let part = 1 + dice.below(tar.len());
@@ -107,7 +107,7 @@ fn blocks_in_any_order_come_from_their_spans() {
         assert!(stored.is_plain());
         assert_eq!((stored.codec(), stored.blob_size()), (layer.codec, layer.bytes.len() as u64));
         spans += stored.frames();
-        let mut dice = Dice(seed + 7);
+        let mut dice = Dice::new(seed + 7);
         for _ in 0..40 {
             let at = dice.next() % layer.all().end.max(1);
             let blocks = at..(at + 1 + dice.next() % 4).min(layer.all().end);
@@ -159,7 +159,7 @@ fn a_mounted_layer_is_what_unpacking_gives() {
 #[test]
 fn a_blob_that_is_right_makes_a_plain_layer_whole() {
     for seed in 1..=15 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let layer = ordinary(seed, &random_ops(seed, 60));
         let (directory, store, stored) = layer.fresh();
         // Some of it was fetched before.
@@ -194,7 +194,7 @@ fn wrong_bytes_of_a_span_are_never_stored() {
     for seed in 1..=12 {
         let layer = ordinary(seed, &random_ops(seed, 60));
         let (_directory, _store, stored) = layer.fresh();
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let extents: Vec<_> =
             stored.extents(layer.all()).unwrap().collect::<Result<_, _>>().unwrap();
         for frame in extents.iter().flat_map(|extent| &extent.frames) {
@@ -222,7 +222,7 @@ fn damaged_spans_are_found_before_anybody_relies_on_them() {
     let right = fs::read(&path).unwrap();
     assert!(stored.usage().unwrap().other >= right.len() as u64);
     stored.check_spans().unwrap();
-    let mut dice = Dice(1);
+    let mut dice = Dice::new(1);
     let mut held = Some((stored, store));
     for _ in 0..60 {
         drop(held.take());

@@ -25,7 +25,7 @@ const MIB: u64 = 1 << 20;
 
 /// A layer of some files of a mebibyte and one small file each.
 fn blob(seed: u64, mebibytes: usize) -> Blob {
-    let mut dice = Dice(2 * seed + 1);
+    let mut dice = Dice::new(2 * seed + 1);
     let file = |path: String, data: Vec<u8>| Op {
         path: path.into(),
         attrs: Attrs { mode: 0o644, ..Attrs::default() },
@@ -197,7 +197,7 @@ fn pieces_of_served_layers_go_the_one_that_was_used_longest_ago_first() {
 #[test]
 fn what_comes_back_meanwhile_stays() {
     for seed in 1..=8 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let directory = directory();
         let blob = blob(seed, 6);
         let store = store(directory.path(), MIB);
@@ -249,7 +249,7 @@ fn nothing_wrong_is_served_while_pieces_come_and_go() {
         for thread in 1..=4u64 {
             let (blob, layer, keeper) = (&blob, &layer, &keeper);
             scope.spawn(move || {
-                let mut dice = Dice(thread * 77);
+                let mut dice = Dice::new(thread * 77);
                 for _ in 0..150 {
                     let from = dice.next() % (blob.all().end - 300);
                     let blocks = from..from + dice.next() % 300;

@@ -329,7 +329,7 @@ fn damage_is_found() {
     drop((layer, store));
     let mut found = [0; 4];
     for seed in 1..=400 {
-        let mut dice = Dice(seed * 31);
+        let mut dice = Dice::new(seed * 31);
         let work = directory();
         copy(home.path(), work.path());
         let which = dice.below(4);

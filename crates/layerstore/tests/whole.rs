@@ -33,7 +33,7 @@ impl Read for Slowly<'_> {
 #[test]
 fn a_blob_that_is_right_makes_a_layer_whole() {
     for seed in 1..=30 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let blob = random_blob(seed, 60);
         let (directory, store, layer) = fresh(&blob);
         // Some of it was fetched before.
@@ -63,7 +63,7 @@ fn a_blob_that_is_right_makes_a_layer_whole() {
 #[test]
 fn another_blob_is_no_verdict() {
     for seed in 1..=12 {
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let blob = random_blob(seed, 40);
         let (_directory, _store, layer) = fresh(&blob);
         let mut flipped = blob.bytes.clone();

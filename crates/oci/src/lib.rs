@@ -14,6 +14,7 @@ mod name;
 mod network;
 pub mod pattern;
 mod platform;
+pub mod soci;
 pub mod timestamp;
 mod xattr;
 

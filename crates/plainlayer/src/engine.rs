@@ -32,11 +32,23 @@ pub enum Entry {
     Block { bits: u8, bit_buf: u8, window: Vec<u8> },
 }
 
+/// A deflate block that begins, as zTOCs have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockStart {
+    /// So many bits of the byte before, the highest, are the block's.
+    pub bits: u8,
+    /// The [`WINDOW`] bytes of output before it, also of earlier members; zeros where there was
+    /// none.
+    pub window: Vec<u8>,
+}
+
 /// Where a step ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Anywhere.
     Inside,
+    /// Before the first deflate block of a member, after its header.
+    FirstBlock,
     /// Before a deflate block that is not the first of its member.
     Block,
     /// Before a gzip member or zstd frame, if there is one.
@@ -155,14 +167,28 @@ impl Engine {
         }
         let Some(boundary) = gzip.inflater.block_boundary_state() else { return Entry::Frame };
         let len = usize::try_from(gzip.bytes).unwrap_or(WINDOW).min(WINDOW);
-        let window = match self.at.checked_sub(len) {
+        let window = self.last(len);
+        Entry::Block { bits: boundary.num_bits, bit_buf: boundary.bit_buf, window }
+    }
+
+    /// The block that begins where the last step ended, which was at one.
+    pub fn block_start(&self) -> BlockStart {
+        let bits = match &self.kind {
+            Kind::Gzip(gzip) => gzip.inflater.block_boundary_state().map_or(0, |b| b.num_bits),
+            Kind::Zstd(_) => 0,
+        };
+        BlockStart { bits, window: self.last(WINDOW) }
+    }
+
+    /// The last `len` bytes of output.
+    fn last(&self, len: usize) -> Vec<u8> {
+        match self.at.checked_sub(len) {
             Some(from) => self.ring[from..self.at].to_vec(),
             None => {
                 let from = self.at + RING - len;
                 [&self.ring[from..], &self.ring[..self.at]].concat()
             }
-        };
-        Entry::Block { bits: boundary.num_bits, bit_buf: boundary.bit_buf, window }
+        }
     }
 
     /// Goes on with `input`. Where there is none, some output may be left. What was produced before
@@ -208,7 +234,7 @@ impl Gzip {
                         Some(next) => *part = next,
                         None => {
                             self.state = State::Deflate;
-                            return Ok((n + 1, 0, Place::Inside));
+                            return Ok((n + 1, 0, Place::FirstBlock));
                         }
                     }
                 }

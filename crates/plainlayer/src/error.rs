@@ -38,6 +38,9 @@ pub enum Error {
     /// A file of spans is not as it was written, or is not of this blob.
     #[error("the spans are damaged: {0}")]
     Damaged(&'static str),
+    /// A zTOC is not valid, or is of a kind that is not read.
+    #[error("the zTOC is not valid: {0}")]
+    Ztoc(&'static str),
     /// The blob cannot be read or decompressed.
     #[error("read the layer: {0}")]
     Io(#[from] io::Error),
@@ -49,7 +52,7 @@ impl From<Error> for Fault {
         match error {
             Error::Io(source) => Fault::io("read a layer", source),
             Error::Toc(error) => error.into(),
-            Error::Damaged(_) => fault(Code::DataLoss),
+            Error::Damaged(_) | Error::Ztoc(_) => fault(Code::DataLoss),
             Error::LongSpan { .. } => fault(Code::FailedPrecondition).hint(
                 "compress the layer with gzip, or with zstd in several frames, to have it lazy",
             ),

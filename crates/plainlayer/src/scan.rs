@@ -2,6 +2,7 @@
 
 use crate::{
     Error, Result,
+    checkpoints::{Checkpoint, Checkpoints},
     engine::{Engine, Entry, Place},
     table::{self, MAX_COMPRESSED, MAX_SPAN, MAX_SPANS, Noted, SPAN},
 };
@@ -64,6 +65,7 @@ pub struct Scanner<R> {
     /// Whether to go on where the blob cannot be resumed, and whether it can be so far.
     allow_long: bool,
     resumable: bool,
+    checkpoints: Option<Checkpoints>,
     failed: Option<Error>,
 }
 
@@ -81,6 +83,9 @@ pub struct Scan {
     codec: Codec,
     resumable: bool,
     spans: Vec<Noted>,
+    pub(crate) checkpoints: Vec<Checkpoint<'static>>,
+    /// Bytes of the tar that their spans have more than.
+    pub(crate) checkpoint_length: u64,
 }
 
 impl<R: Read> Scanner<R> {
@@ -104,6 +109,7 @@ impl<R: Read> Scanner<R> {
             progress,
             allow_long: false,
             resumable: true,
+            checkpoints: None,
             failed: None,
         })
     }
@@ -117,6 +123,12 @@ impl<R: Read> Scanner<R> {
     /// of the same length, and [`Scan::is_resumable`] says that they cannot be decompressed alone.
     pub fn allow_long_spans(self) -> Self {
         Self { allow_long: true, ..self }
+    }
+
+    /// Notes the checkpoints of a zTOC besides, with spans of more than `length` bytes of the tar:
+    /// for [`Scan::ztoc`].
+    pub fn with_checkpoints(self, length: u64) -> Self {
+        Self { checkpoints: Some(Checkpoints::new(length)), ..self }
     }
 
     /// How far it is.
@@ -142,6 +154,8 @@ impl<R: Read> Scanner<R> {
             codec: self.codec,
             resumable: self.resumable,
             spans,
+            checkpoint_length: self.checkpoints.as_ref().map_or(0, |all| all.length),
+            checkpoints: self.checkpoints.map(Checkpoints::finish).unwrap_or_default(),
         })
     }
 
@@ -167,6 +181,9 @@ impl<R: Read> Scanner<R> {
         }
         let is_end = self.unread.is_empty();
         let step = self.engine.step(&self.buffer[self.unread.clone()])?;
+        if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.consumed(&self.buffer[self.unread.clone()][..step.consumed]);
+        }
         if is_end && !step.is_progress() {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
@@ -176,6 +193,11 @@ impl<R: Read> Scanner<R> {
         self.done.0 += step.consumed as u64;
         self.done.1 += produced.len() as u64;
         (self.ready, self.place) = (step.produced, step.place);
+        if let Some(checkpoints) = &mut self.checkpoints
+            && matches!(self.place, Place::Block | Place::FirstBlock)
+        {
+            checkpoints.block(self.done, || self.engine.block_start())?;
+        }
         let (compressed, bytes) = (self.done.0 - self.span.0, self.done.1 - self.span.1);
         for (bytes, limit) in [(bytes, MAX_SPAN), (compressed, MAX_COMPRESSED)] {
             if bytes > limit && self.resumable {
@@ -187,7 +209,7 @@ impl<R: Read> Scanner<R> {
         }
         // Where nothing can be resumed pieces begin anywhere, but not two at the same byte.
         let may_end = match self.resumable {
-            true => self.place != Place::Inside,
+            true => matches!(self.place, Place::Block | Place::Frame),
             false => compressed > 0,
         };
         if bytes >= self.length && may_end {

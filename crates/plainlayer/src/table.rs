@@ -12,6 +12,9 @@
 //!     SHA-256 of the stored window
 //!  …  windows, deflated
 //! ```
+//!
+//! Kinds: 0 at a member or frame; 1 at a deflate block, the bits of the byte before are here; 2 at
+//! a deflate block, the byte before is the span's first one, and the last one of the span before.
 
 use crate::{
     Error, Result,
@@ -43,6 +46,7 @@ const VERSION: u16 = 1;
 const BYTES: usize = 64;
 /// How hard windows are compressed.
 const LEVEL: u8 = 6;
+const FAST: u8 = 1;
 
 /// A span that is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,8 +58,25 @@ pub struct Span {
     /// Where in the file its window is; empty if it needs none.
     pub window: Range<u64>,
     digest: Digest,
-    /// Bits of the byte before; `None` at a member or frame.
-    bits: Option<(u8, u8)>,
+    resume: Resume,
+}
+
+/// How decompression of a span begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// At a member or frame.
+    Frame,
+    /// At a deflate block, with so many bits that are of the byte before.
+    Block { bits: u8, bit_buf: u8 },
+    /// The same, where the byte before is the first of the span, if there are such bits.
+    Shared { bits: u8 },
+}
+
+impl Resume {
+    /// Bytes that the span has together with the one before it.
+    fn shared(self) -> u64 {
+        u64::from(matches!(self, Self::Shared { bits: 1.. }))
+    }
 }
 
 /// The spans of a blob, checked.
@@ -70,21 +91,28 @@ pub struct Spans {
 pub struct Noted {
     pub offset: u64,
     pub start: u64,
-    bits: Option<(u8, u8)>,
+    resume: Resume,
     /// As stored.
     window: Vec<u8>,
 }
 
 impl Noted {
     pub fn new(offset: u64, start: u64, entry: Entry) -> Self {
-        let (bits, window) = match entry {
-            Entry::Frame => (None, Vec::new()),
+        let (resume, window) = match entry {
+            Entry::Frame => (Resume::Frame, Vec::new()),
             Entry::Block { bits, bit_buf, window } => {
                 let stored = miniz_oxide::deflate::compress_to_vec(&window, LEVEL);
-                (Some((bits, bit_buf)), stored)
+                (Resume::Block { bits, bit_buf }, stored)
             }
         };
-        Self { offset, start, bits, window }
+        Self { offset, start, resume, window }
+    }
+
+    /// As a zTOC has it. `offset` is that of the shared byte, if there is one.
+    pub fn shared(offset: u64, start: u64, bits: u8, window: &[u8]) -> Self {
+        // While a pull waits.
+        let window = miniz_oxide::deflate::compress_to_vec(window, FAST);
+        Self { offset, start, resume: Resume::Shared { bits }, window }
     }
 }
 
@@ -107,8 +135,11 @@ pub fn encode(blob: &Digest, codec: Codec, noted: &[Noted], ends: (u64, u64)) ->
         }
         // Bounded by `MAX_WINDOW`.
         spans.extend_from_slice(&(span.window.len() as u32).to_le_bytes());
-        let (kind, bits, bit_buf) = span.bits.map_or((0, 0, 0), |(bits, buf)| (1, bits, buf));
-        spans.extend_from_slice(&[kind, bits, bit_buf, 0]);
+        spans.extend_from_slice(&match span.resume {
+            Resume::Frame => [0; 4],
+            Resume::Block { bits, bit_buf } => [1, bits, bit_buf, 0],
+            Resume::Shared { bits } => [2, bits, 0, 0],
+        });
         spans.extend_from_slice(Digest::of(&span.window).as_bytes());
         debug_assert_eq!(spans.len() - begin, BYTES);
         at += span.window.len() as u64;
@@ -132,6 +163,18 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 
 fn half(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]))
+}
+
+/// How a span is resumed, by its bytes.
+fn resume(codec: Codec, span: &[u8; BYTES]) -> Result<Resume> {
+    match (span[28], span[29], span[30]) {
+        (0, 0, 0) => Ok(Resume::Frame),
+        (1, bits @ 0..8, bit_buf) if codec == Codec::Gzip && u16::from(bit_buf) < 1 << bits => {
+            Ok(Resume::Block { bits, bit_buf })
+        }
+        (2, bits @ 0..8, 0) if codec == Codec::Gzip => Ok(Resume::Shared { bits }),
+        _ => Err(Error::Damaged("a span cannot be resumed")),
+    }
 }
 
 impl Spans {
@@ -166,7 +209,10 @@ impl Spans {
         let mut window_at = (HEADER + spans.len()) as u64;
         let mut all = Vec::with_capacity(raw.len());
         for (n, span) in raw.iter().enumerate() {
-            let next = raw.get(n + 1).map_or(ends, |next| (word(next, 0), word(next, 8)));
+            let next = raw.get(n + 1).map_or(Ok(ends), |next| {
+                let shared = resume(codec, next)?.shared();
+                Ok::<_, Error>((word(next, 0).saturating_add(shared), word(next, 8)))
+            })?;
             let compressed = word(span, 0)..next.0;
             let tar = word(span, 8)..next.1;
             let is_long = |range: &Range<u64>, most: u64| {
@@ -185,15 +231,12 @@ impl Spans {
                 return Err(damaged("its windows do not follow each other"));
             }
             window_at = window.end;
-            let bits = match (span[28], span[29], span[30]) {
-                (0, 0, 0) if length == 0 => None,
-                (1, bits @ 0..8, buf) if codec == Codec::Gzip && u16::from(buf) < 1 << bits => {
-                    Some((bits, buf))
-                }
-                _ => return Err(damaged("a span cannot be resumed")),
-            };
+            let resume = resume(codec, span)?;
+            if resume == Resume::Frame && length > 0 {
+                return Err(damaged("a span cannot be resumed"));
+            }
             let digest = Digest::from_bytes(std::array::from_fn(|n| span[32 + n]));
-            all.push(Span { compressed, tar, window, digest, bits });
+            all.push(Span { compressed, tar, window, digest, resume });
         }
         if window_at != size {
             return Err(damaged("it has another length"));
@@ -223,17 +266,23 @@ impl Spans {
         &self,
         span: &Span,
         window: &[u8],
-        compressed: R,
+        mut compressed: R,
     ) -> Result<SpanReader<R>> {
-        let engine = match span.bits {
-            None => Engine::new(self.codec)?,
-            Some((bits, bit_buf)) => {
-                if Digest::of(window) != span.digest {
-                    return Err(Error::Damaged("the digest of a window is wrong"));
-                }
-                let window = miniz_oxide::inflate::decompress_to_vec_with_limit(window, WINDOW)
-                    .map_err(|_| Error::Damaged("a window cannot be decompressed"))?;
-                Engine::resume(bits, bit_buf, &window)
+        let window = || {
+            if Digest::of(window) != span.digest {
+                return Err(Error::Damaged("the digest of a window is wrong"));
+            }
+            miniz_oxide::inflate::decompress_to_vec_with_limit(window, WINDOW)
+                .map_err(|_| Error::Damaged("a window cannot be decompressed"))
+        };
+        let engine = match span.resume {
+            Resume::Frame => Engine::new(self.codec)?,
+            Resume::Block { bits, bit_buf } => Engine::resume(bits, bit_buf, &window()?),
+            Resume::Shared { bits: 0 } => Engine::resume(0, 0, &window()?),
+            Resume::Shared { bits } => {
+                let mut shared = [0];
+                compressed.read_exact(&mut shared)?;
+                Engine::resume(bits, shared[0] >> (8 - bits), &window()?)
             }
         };
         let left = span.tar.end - span.tar.start;

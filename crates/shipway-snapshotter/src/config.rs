@@ -68,6 +68,8 @@ pub struct Lazy {
     pub plain: bool,
     /// Whether such a layer is fetched once more if containerd does not have it any more.
     pub plain_from_registry: bool,
+    /// Which SOCI indexes of images are used.
+    pub soci: Soci,
     /// Bytes of answers in memory at once.
     pub memory: u64,
     /// Connections to each host.
@@ -105,6 +107,21 @@ impl std::fmt::Display for Pull {
     }
 }
 
+/// Which SOCI indexes of images are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Soci {
+    /// None.
+    Off,
+    /// Those that the images' own manifests name (version 2), for whose digests their authors
+    /// stand.
+    #[default]
+    Image,
+    /// Those, too, that somebody put beside images in their registries (version 1): who may write
+    /// there decides what containers see, until a layer is whole.
+    Referrers,
+}
+
 impl Default for Lazy {
     fn default() -> Self {
         Self {
@@ -119,6 +136,7 @@ impl Default for Lazy {
             pull: Pull::default(),
             plain: true,
             plain_from_registry: false,
+            soci: Soci::default(),
             memory: 16 << 20,
             connections: 64,
             max_percent: 20,
@@ -357,7 +375,7 @@ mod tests {
             ]
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
-        assert_eq!((keys("lazy"), keys("registry")), (18, 2));
+        assert_eq!((keys("lazy"), keys("registry")), (19, 2));
         assert_eq!((keys("cri"), keys("metrics"), keys("log")), (2, 1, 2));
     }
 
@@ -374,6 +392,7 @@ mod tests {
             ("[metrics]\naddress = 'x'", "`metrics.address` of x.toml: \"x\" is not", METRICS),
             ("[lazy]\ntier = 'fast'", "there are file, flat-file", None),
             ("[lazy]\npull = 'slow'", "unknown variant `slow`", None),
+            ("[lazy]\nsoci = 'v1'", "unknown variant `v1`", None),
             ("[lazy]\nmax_percent = 101", "more than 100", None),
             ("[lazy]\nconnections = 0", "`lazy.connections` of x.toml is zero", None),
             ("[registry]\nconfig_path = 'x'", "not an absolute path", None),

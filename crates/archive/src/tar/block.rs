@@ -129,6 +129,11 @@ impl Header {
         text(&self.0[157..257])
     }
 
+    /// The name of an owner or a group in `field`, which headers of the oldest kind do not have.
+    pub fn owner_name(&self, field: std::ops::Range<usize>) -> &[u8] {
+        if self.is_ustar() || self.is_gnu() { text(&self.0[field]) } else { &[] }
+    }
+
     /// Sets the time and the checksum with it.
     pub fn set_mtime(&mut self, time: i64) {
         self.0[136..148].copy_from_slice(format!("{:011o}\0", time.max(0)).as_bytes());

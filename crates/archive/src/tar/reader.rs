@@ -55,6 +55,12 @@ pub struct Member {
     pub mtime: i64,
     /// Extended attributes by name.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Name of the owner.
+    pub user: Vec<u8>,
+    /// Name of the group.
+    pub group: Vec<u8>,
+    /// All extended records (pax) of this member: keys and values, those of attributes included.
+    pub records: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl From<&Member> for TarEntry {
@@ -107,7 +113,10 @@ struct Extended {
     uid: Option<u32>,
     gid: Option<u32>,
     mtime: Option<i64>,
+    user: Option<Vec<u8>>,
+    group: Option<Vec<u8>>,
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    records: Vec<(Vec<u8>, Vec<u8>)>,
     sparse: sparse::Records,
 }
 
@@ -120,6 +129,7 @@ impl Extended {
                 .ok_or_else(|| broken("an extended header has something that is not a record"))?;
             body = rest;
             let (key, value) = (record.key, record.value);
+            self.records.push((key.to_vec(), value.to_vec()));
             let number = || {
                 let number = std::str::from_utf8(value).ok().and_then(|v| v.parse::<i64>().ok());
                 number.ok_or_else(|| broken("an extended record is not a number"))
@@ -138,6 +148,8 @@ impl Extended {
                 }
                 b"uid" => self.uid = Some(number()? as u32),
                 b"gid" => self.gid = Some(number()? as u32),
+                b"uname" => self.user = Some(value.to_vec()),
+                b"gname" => self.group = Some(value.to_vec()),
                 b"mtime" => self.mtime = std::str::from_utf8(value).ok().and_then(pax::nanoseconds),
                 _ => {
                     if let Some(name) = key.strip_prefix(XATTR) {
@@ -274,6 +286,9 @@ impl<R: Read> TarReader<R> {
                 header.mtime().unwrap_or_default().saturating_mul(1_000_000_000)
             }),
             xattrs: extended.xattrs,
+            user: extended.user.unwrap_or_else(|| header.owner_name(265..297).to_vec()),
+            group: extended.group.unwrap_or_else(|| header.owner_name(297..329).to_vec()),
+            records: extended.records,
         })
     }
 

@@ -285,7 +285,7 @@ pub fn model_of(ops: &[Op]) -> Model {
 }
 
 pub fn random_blob(seed: u64, count: usize) -> Blob {
-    let mut dice = Dice((2 * seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut dice = Dice::new(seed);
     let shape = Shape::random(&mut dice);
     blob_of(&random_ops(seed, count), shape)
 }

@@ -9,10 +9,10 @@ use miniz_oxide::deflate::{
         deflate_flags::TDEFL_FORCE_ALL_STATIC_BLOCKS,
     },
 };
-use shipway_archive::TarReader;
+use shipway_archive::{Member, TarReader};
 use shipway_estargz::{Codec, TarEntry, Toc};
 use shipway_oci::Digest;
-use shipway_plainlayer::{Error, HEADER, Maker, Scan, Scanner, Spans};
+use shipway_plainlayer::{Error, HEADER, Maker, Scan, Scanner, Spans, ZtocEntry};
 use std::io::{Read as _, Write as _};
 
 /// A source of numbers that are the same each time.
@@ -158,4 +158,19 @@ pub fn make(codec: Codec, blob: &[u8], length: u64) -> Result<(Scan, Toc), Error
     let scan = scanner.finish()?;
     let toc = maker.finish(&scan)?;
     Ok((scan, toc))
+}
+
+/// The zTOC of a blob.
+pub fn ztoc(blob: &[u8], length: u64) -> Result<Vec<u8>, Error> {
+    let mut scanner = Scanner::new(Codec::Gzip, blob)?.with_checkpoints(length).allow_long_spans();
+    let progress = scanner.progress();
+    let (mut tar, mut entries) = (TarReader::new(&mut scanner), Vec::new());
+    while let Some(member) = tar.next_member()? {
+        let offset = progress.read();
+        let tar = TarEntry::from(&member);
+        let Member { user, group, records, .. } = member;
+        entries.push(ZtocEntry { tar, offset, user, group, records });
+    }
+    let end = progress.read();
+    scanner.finish()?.ztoc(&entries, end, "test")
 }

@@ -11,6 +11,7 @@
 //! - [`labels`]: what containerd says of a layer; [`credentials`]: whom registries see.
 //! - [`resolve`]: from labels to a layer that is served.
 //! - [`plain`]: ordinary layers, which are lazy when they are pulled again.
+//! - [`soci`]: ordinary layers that images have an index of.
 //! - [`fast`]: ordinary layers that are pulled as a whole.
 //! - [`link`]: the connection to the keeper; [`keeper`]: how one is started.
 //! - [`spans`]: which files are neighbors; [`learning`]: what was read first, and in which order.
@@ -25,6 +26,7 @@ mod link;
 mod plain;
 mod report;
 mod resolve;
+mod soci;
 mod spans;
 
 pub use labels::Wanted;

@@ -111,6 +111,8 @@ pub struct LayerReport {
     pub verified: u64,
     /// Whether it is an ordinary layer, lazy by what was found out when it was unpacked.
     pub plain: bool,
+    /// Whether it is an ordinary layer, lazy by the image's SOCI index.
+    pub soci: bool,
     /// `lazy`, `whole` or `lying`.
     pub state: String,
     /// How it is mounted: `served` by the keeper, `local`, or not at all.
@@ -196,7 +198,8 @@ impl Lazy {
             digest: layer.key().blob.to_string(),
             repositories: layer.repositories(),
             size: layer.blob_size(),
-            plain: layer.is_plain(),
+            plain: layer.is_plain() && !layer.is_indexed(),
+            soci: layer.is_indexed(),
             data: layer.data_blocks() * BLOCK,
             local: usage.data,
             verified: verified * BLOCK,

@@ -1,7 +1,13 @@
 //! From the labels of a Prepare to a layer that is served. All layers of an image are looked for as
 //! soon as its first one is asked for, and each once however many ask.
 
-use super::{Lazy, credentials::AllCredentials, fast::Pull, labels::Wanted};
+use super::{
+    Lazy,
+    credentials::AllCredentials,
+    fast::Pull,
+    labels::Wanted,
+    soci::{Ztoc, Ztocs},
+};
 use crate::{
     config::{self, Config},
     content,
@@ -10,11 +16,13 @@ use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
 use shipway_fault::{Class, Code, Fault, Result};
-use shipway_layerstore::{Description, Layer, LayerKey};
+use shipway_layerstore::{Description, Indexed as ByZtoc, Layer, LayerKey};
 use shipway_lazyfetch::{
     IndexRequest, Indexed, Profile, Settings, Source, index, sources, sources_of_all,
 };
-use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, Platform, media, timestamp};
+use shipway_oci::{
+    Descriptor, Digest, ImageName, Index, Manifest, Platform, media, soci, timestamp,
+};
 use shipway_registry::{Mode, Registry, RegistryConfig, Repository};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -43,18 +51,25 @@ const KNOWN_WELL: f64 = 0.9;
 type Shared<T> = Arc<OnceCell<T>>;
 
 /// An image by its manifest.
-struct Image {
-    manifest: Descriptor,
-    layers: Vec<Descriptor>,
+pub(super) struct Image {
+    pub manifest: Descriptor,
+    pub config: Descriptor,
+    pub layers: Vec<Descriptor>,
+    /// Digest of its SOCI index, if its manifest names one.
+    pub soci: Option<Digest>,
+    /// What that says, or another one that is used.
+    pub ztocs: OnceCell<Arc<Ztocs>>,
 }
 
 impl Image {
     fn read(name: &ImageName, manifest: Digest, bytes: &[u8]) -> Result<Arc<Self>> {
         let found: Manifest = serde_json::from_slice(bytes)
             .map_err(|e| Fault::invalid(format!("the manifest of {name}: {e}")))?;
+        let soci = soci::index_of(&found);
         let media_type = found.media_type.unwrap_or_else(|| media::OCI_MANIFEST.to_owned());
         let manifest = Descriptor::new(media_type, manifest, bytes.len() as u64);
-        Ok(Arc::new(Self { manifest, layers: found.layers }))
+        let (config, layers) = (found.config, found.layers);
+        Ok(Arc::new(Self { manifest, config, layers, soci, ztocs: OnceCell::new() }))
     }
 
     fn layer(&self, digest: Digest) -> Option<&Descriptor> {
@@ -72,6 +87,21 @@ fn cell_of<K: PartialEq, T>(all: &Mutex<Vec<(K, Shared<T>)>>, key: K) -> Shared<
     known.insert(0, (key, cell.clone()));
     known.truncate(MANIFESTS);
     cell
+}
+
+/// What an image says of one of its layers.
+struct Own<'a> {
+    /// Length of its blob, if it is known.
+    size: Option<u64>,
+    annotations: &'a BTreeMap<String, String>,
+    ztoc: Option<&'a Ztoc>,
+}
+
+impl<'a> Own<'a> {
+    fn of(layer: &'a Descriptor, ztocs: &'a Ztocs) -> Self {
+        let Descriptor { digest, size, annotations, .. } = layer;
+        Self { size: Some(*size), annotations, ztoc: ztocs.get(digest) }
+    }
 }
 
 /// A layer that was found.
@@ -147,7 +177,7 @@ impl Resolver {
         }
     }
 
-    fn repository(&self, image: &ImageName) -> Repository {
+    pub(super) fn repository(&self, image: &ImageName) -> Repository {
         let source = shipway_lazyfetch::Credentials::of(&self.credentials, image);
         self.registry.repository(image, source, Mode::Pull)
     }
@@ -238,7 +268,7 @@ impl Resolver {
             .map_err(|e| Fault::invalid(format!("the index of {name}: {e}")))?;
         let host = Platform::host();
         let mut all = index.manifests;
-        all.retain(|m| media::is_manifest(&m.media_type));
+        all.retain(|m| media::is_manifest(&m.media_type) && !soci::is_index(m));
         all.sort_by_key(|m| {
             let rank = m.platform.as_ref().and_then(|platform| platform.rank_for(&host));
             (rank.is_none(), rank)
@@ -287,54 +317,55 @@ impl Resolver {
             shipway_task::spawn_on(&lazy.runtime, "make other layers", async move {
                 match all.resolver.image_of(&of).await {
                     Ok(image) => {
-                        Self::prepare(&all, &of.image, &image);
-                        Self::pull_above(&all, &of, &image);
+                        let ztocs = all.resolver.ztocs(&all, &of.image, &image).await;
+                        Self::prepare(&all, &of.image, &image, &ztocs);
+                        Self::pull_above(&all, &of, &image, &ztocs);
                     }
                     Err(fault) => tracing::debug!(image = %of.image, %fault, "no manifest"),
                 }
             });
-            return self
-                .make(lazy, &wanted.image, wanted.layer, None, &wanted.annotations)
-                .await
-                .map(Found::Layer);
+            let own = Own { size: None, annotations: &wanted.annotations, ztoc: None };
+            return self.make(lazy, &wanted.image, wanted.layer, own).await.map(Found::Layer);
         }
         let image = match stored {
             Some(image) => image,
             None => self.image_of(wanted).await?,
         };
-        Self::prepare(lazy, &wanted.image, &image);
+        let ztocs = self.ztocs(lazy, &wanted.image, &image).await;
+        Self::prepare(lazy, &wanted.image, &image, &ztocs);
         let own = image.layer(wanted.layer).ok_or_else(not_lazy)?;
-        let pull = self.is_pulled(lazy, own).then(|| lazy.pull(&wanted.image, own));
-        Self::pull_above(lazy, wanted, &image);
+        let pull = self.is_pulled(lazy, own, &ztocs).then(|| lazy.pull(&wanted.image, own));
+        Self::pull_above(lazy, wanted, &image, &ztocs);
         if let Some(pull) = pull {
             return Ok(Found::Pull(pull));
         }
         // What containerd passed on goes first: it knows what is pulled.
-        let passed_on = wanted.has_toc().then_some(&wanted.annotations);
-        let annotations = passed_on.unwrap_or(&own.annotations);
-        self.make(lazy, &wanted.image, own.digest, Some(own.size), annotations)
-            .await
-            .map(Found::Layer)
+        let mut known = Own::of(own, &ztocs);
+        if wanted.has_toc() {
+            known.annotations = &wanted.annotations;
+        }
+        self.make(lazy, &wanted.image, own.digest, known).await.map(Found::Layer)
     }
 
     /// Whether a layer is pulled as a whole.
-    fn is_pulled(&self, lazy: &Lazy, layer: &Descriptor) -> bool {
+    fn is_pulled(&self, lazy: &Lazy, layer: &Descriptor, ztocs: &Ztocs) -> bool {
         lazy.config.lazy.pull == config::Pull::Fast
             && matches!(Annotated::read(&layer.annotations), Ok(None))
             && !self.has_plain(lazy, layer.digest)
+            && !ztocs.contains_key(&layer.digest)
     }
 
     /// Begins to pull the layers above the one that is wanted, which are wanted next. Those below
     /// are there.
-    fn pull_above(lazy: &Arc<Lazy>, wanted: &Wanted, image: &Image) {
+    fn pull_above(lazy: &Arc<Lazy>, wanted: &Wanted, image: &Image, ztocs: &Ztocs) {
         let above = image.layers.iter().skip_while(|layer| layer.digest != wanted.layer).skip(1);
-        for layer in above.filter(|layer| lazy.resolver.is_pulled(lazy, layer)) {
+        for layer in above.filter(|layer| lazy.resolver.is_pulled(lazy, layer, ztocs)) {
             drop(lazy.pull(&wanted.image, layer));
         }
     }
 
     /// Begins to make all layers of an image, and to fetch what will be read first.
-    fn prepare(lazy: &Arc<Lazy>, name: &ImageName, image: &Image) {
+    fn prepare(lazy: &Arc<Lazy>, name: &ImageName, image: &Image, ztocs: &Arc<Ztocs>) {
         let manifest = image.manifest.digest;
         {
             let (lazy, name) = (lazy.clone(), name.clone());
@@ -343,10 +374,10 @@ impl Resolver {
             });
         }
         for layer in image.layers.clone() {
-            let (lazy, name) = (lazy.clone(), name.clone());
+            let (lazy, name, ztocs) = (lazy.clone(), name.clone(), ztocs.clone());
             shipway_task::spawn_on(&lazy.clone().runtime, "make a layer", async move {
-                let size = Some(layer.size);
-                let made = lazy.resolver.make(&lazy, &name, layer.digest, size, &layer.annotations);
+                let own = Own::of(&layer, &ztocs);
+                let made = lazy.resolver.make(&lazy, &name, layer.digest, own);
                 let begin = match made.await {
                     Ok(made) => {
                         let (lazy, name) = (lazy.clone(), name.clone());
@@ -400,13 +431,13 @@ impl Resolver {
         lazy: &Arc<Lazy>,
         image: &ImageName,
         digest: Digest,
-        size: Option<u64>,
-        annotations: &BTreeMap<String, String>,
+        Own { size, annotations, ztoc }: Own<'_>,
     ) -> Result<Arc<Layer>> {
-        let key = match Annotated::read(annotations)? {
-            Some(annotated) => key_of(digest, &annotated),
-            None if self.has_plain(lazy, digest) => LayerKey::plain(digest),
-            None => return Err(not_lazy()),
+        let (key, ztoc) = match (Annotated::read(annotations)?, ztoc) {
+            (Some(annotated), _) => (key_of(digest, &annotated), None),
+            (None, _) if self.has_plain(lazy, digest) => (LayerKey::plain(digest), None),
+            (None, Some(ztoc)) => (ztoc.key(digest), Some((ztoc, size.ok_or_else(not_lazy)?))),
+            (None, None) => return Err(not_lazy()),
         };
         let cell = lock(&self.making).entry(key).or_default().clone();
         let work = async || {
@@ -421,6 +452,17 @@ impl Resolver {
                 })
                 .await?;
                 return Ok(layer);
+            }
+            if let Some((ztoc, size)) = ztoc {
+                let bytes = self.ztoc(image, ztoc).await?;
+                let (lazy, diff_id) = (lazy.clone(), ztoc.diff_id);
+                return shipway_task::blocking("make a layer", move || {
+                    let index = ByZtoc::read(&bytes, digest, size, diff_id)?;
+                    let layer = lazy.store.create_indexed(&index, &repository)?;
+                    lazy.serve(&layer, sources)?;
+                    Ok(layer)
+                })
+                .await;
             }
             let request = IndexRequest {
                 digest,

@@ -220,7 +220,11 @@ fn write_layer(to: &mut String, layer: &LayerReport) -> std::fmt::Result {
         to,
         "  {:>4} {short} {}{}, {mounted}: {}, {}% local, {}% verified",
         layer.layer,
-        if layer.plain { "plain, " } else { "" },
+        match (layer.plain, layer.soci) {
+            (true, _) => "plain, ",
+            (false, true) => "SOCI, ",
+            (false, false) => "",
+        },
         layer.state,
         size(layer.data),
         percent(layer.local),
@@ -295,12 +299,13 @@ mod tests {
             ..LayerReport::default()
         };
         let plain = LayerReport { layer: 8, plain: true, ..layer.clone() };
+        let soci = LayerReport { layer: 9, soci: true, ..layer.clone() };
         let totals = Totals { network: 3 << 20, requests: 12, misses: 5, ..Totals::default() };
         let report = Report {
             tier: "file".into(),
             keeper: true,
             totals,
-            layers: vec![layer, plain],
+            layers: vec![layer, plain, soci],
             pull: "fast".into(),
             pulling: vec![PullReport {
                 digest: format!("sha256:{}", "c".repeat(64)),
@@ -322,6 +327,7 @@ mod tests {
             "lazy       by way of file\n",
             "   7 sha256:aaaaaaaaaaaa lazy, served by way of file: 200.0 MiB, 50% local, 25% verified\n",
             "   8 sha256:aaaaaaaaaaaa plain, lazy, served",
+            "   9 sha256:aaaaaaaaaaaa SOCI, lazy, served",
             "pull       fast\n           sha256:cccccccccccc 1.5 MiB of 9.0 MiB, of r.example/next:1\n",
             "plain      2 layers are yet to be made lazy\n",
             "plain      sha256:bbbbbbbbbbbb is not lazy: it is one frame\n",
