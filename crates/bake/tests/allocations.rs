@@ -1,4 +1,5 @@
-//! What a plan costs in calls to the allocator, which are most of the time that `bake --print` takes.
+//! What a plan costs in calls to the allocator, which are most of the time that `bake --print`
+//! takes.
 
 #![allow(clippy::unwrap_used)]
 // An allocator cannot be written without.

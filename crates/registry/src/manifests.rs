@@ -1,5 +1,5 @@
-//! What a repository says of its images: names resolved, manifests and small blobs fetched, tags and
-//! referrers listed.
+//! What a repository says of its images: names resolved, manifests and small blobs fetched, tags
+//! and referrers listed.
 
 use crate::{
     Error, Repository,
