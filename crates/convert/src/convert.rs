@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use shipway_archive::{Compression, CompressionKind};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, DiffId, Digest, Index, Manifest, Platform, media};
+use shipway_oci::{Descriptor, DiffId, Digest, Index, Manifest, Platform, media, soci};
 use std::{collections::HashMap, sync::Arc};
 use tokio::sync::OnceCell;
 
@@ -15,9 +15,9 @@ const PARALLEL: usize = 2;
 /// How deep indexes may lie in each other.
 const MAX_DEPTH: usize = 4;
 /// Most entries of an index, and most layers of an image.
-const MAX_ENTRIES: usize = 1000;
+pub(crate) const MAX_ENTRIES: usize = 1000;
 /// On an entry of an index: the image that it is about (row `at.store`).
-const ABOUT: &str = "vnd.docker.reference.digest";
+pub(crate) const ABOUT: &str = "vnd.docker.reference.digest";
 
 /// What is wanted.
 #[derive(Clone, Debug, Default)]
@@ -79,7 +79,11 @@ struct Conversion<'a> {
     layers: Mutex<HashMap<Digest, Arc<OnceCell<Layer>>>>,
 }
 
-fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str, digest: Digest) -> Result<T> {
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(
+    bytes: &[u8],
+    what: &str,
+    digest: Digest,
+) -> Result<T> {
     serde_json::from_slice(bytes)
         .map_err(|e| Fault::invalid(format!("the {what} {digest} cannot be read: {e}")))
 }
@@ -90,7 +94,7 @@ fn json(value: &impl serde::Serialize) -> Result<Bytes> {
 }
 
 /// The descriptor of `bytes` in the place of `old`, with what that says of them.
-fn instead(old: &Descriptor, media_type: &str, bytes: &[u8]) -> Descriptor {
+pub(crate) fn instead(old: &Descriptor, media_type: &str, bytes: &[u8]) -> Descriptor {
     let Descriptor { digest, size, .. } = Descriptor::of(media_type, bytes);
     Descriptor { media_type: media_type.to_owned(), digest, size, data: None, ..old.clone() }
 }
@@ -164,6 +168,13 @@ impl Conversion<'_> {
                 entry.annotations.insert(ABOUT.to_owned(), image.to_string());
             }
         }
+        // SOCI indexes of layers that are not there any more.
+        index.manifests.retain(|entry| {
+            let about = entry.annotations.get(soci::IMAGE_DIGEST);
+            let image = about.and_then(|about| about.parse::<Digest>().ok());
+            !soci::is_index(entry)
+                || image.is_none_or(|image| new.get(&image).is_none_or(|now| *now == image))
+        });
         let children: Vec<Digest> = index.manifests.iter().map(|entry| entry.digest).collect();
         if children.iter().eq(all.iter().map(|entry| &entry.digest)) {
             self.target.manifest(old, bytes, &children).await?;
@@ -216,10 +227,12 @@ impl Conversion<'_> {
         let text = json(&config)?;
         manifest.config = instead(&manifest.config, media::OCI_CONFIG, &text);
         manifest.layers = layers;
+        manifest.annotations.remove(soci::INDEX_DIGEST);
         manifest.media_type = Some(media::OCI_MANIFEST.to_owned());
         self.target.config(&manifest.config, text).await?;
         let bytes = json(&manifest)?;
-        let descriptor = instead(old, media::OCI_MANIFEST, &bytes);
+        let mut descriptor = instead(old, media::OCI_MANIFEST, &bytes);
+        descriptor.annotations.remove(soci::INDEX_DIGEST);
         self.target.manifest(&descriptor, bytes, &children(&manifest)).await?;
         Ok(descriptor)
     }
@@ -290,6 +303,6 @@ impl Conversion<'_> {
 }
 
 /// What a manifest keeps.
-fn children(manifest: &Manifest) -> Vec<Digest> {
+pub(crate) fn children(manifest: &Manifest) -> Vec<Digest> {
     std::iter::once(&manifest.config).chain(&manifest.layers).map(|d| d.digest).collect()
 }

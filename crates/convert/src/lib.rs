@@ -7,12 +7,16 @@
 //! so is what is no image, such as attestations. Configs and manifests change only where digests
 //! in them do.
 //!
+//! [`with_soci()`] leaves the layers as they are and puts indexes of them beside the image, for
+//! snapshotters that read those.
+//!
 //! Dependencies that need a word: `tempfile` holds a layer on its way to a registry, which wants to
 //! know the digest before it takes the last byte, and may want all of it once more.
 
 mod convert;
 mod place;
 mod remote;
+mod soci;
 mod stored;
 
 pub use convert::{Converted, Options, convert};
@@ -20,4 +24,5 @@ pub use place::{
     Bytes, First, Input, LayerTarget, Packing, Progress, Source, Step, Target, file_stream,
 };
 pub use remote::Remote;
+pub use soci::{SociOptions, WithSoci, with_soci};
 pub use stored::Stored;

@@ -12,7 +12,8 @@ use std::{
 use parking_lot::Mutex;
 use shipway_archive::Compression;
 use shipway_convert::{
-    First, LayerTarget, Options, Packing, Progress, Remote, Source, Step, Stored, convert,
+    First, LayerTarget, Options, Packing, Progress, Remote, SociOptions, Source, Step, Stored,
+    convert, with_soci,
 };
 use shipway_fault::{Fault, Result};
 use shipway_lazyfetch::Profile;
@@ -66,6 +67,19 @@ pub(crate) struct Args {
     /// of the image in the registry where it was put (with `push_profiles`)
     #[arg(long, value_name = "FILE|IMAGE")]
     profile: Option<String>,
+    /// Leave the layers as they are, and put a SOCI index of the large ones beside the image, for
+    /// snapshotters that read those
+    #[arg(long, conflicts_with_all = [
+        "compression", "compression_level", "compression_chunk_size",
+        "compression_min_chunk_size", "force_compression", "read_first", "profile",
+    ])]
+    soci: bool,
+    /// Bytes of a layer's tar between places where it can be decompressed from [default: 4194304]
+    #[arg(long, value_name = "BYTES", requires = "soci")]
+    soci_span_size: Option<u64>,
+    /// Layers with fewer bytes are in no SOCI index [default: 10485760]
+    #[arg(long, value_name = "BYTES", requires = "soci")]
+    soci_min_layer_size: Option<u64>,
     /// Platforms that the new image has, instead of all
     #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
     platform: Vec<Platform>,
@@ -125,6 +139,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
             Arc::new(Stored::new(args.store.connect().await?, name.to_owned()))
         }
     };
+    if args.soci {
+        return soci(source, target, &args).await;
+    }
     let first = match (&args.read_first, &args.profile) {
         (Some(path), _) => {
             let paths = read_first(path)?;
@@ -151,6 +168,23 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         bytes(done.size.0),
         bytes(done.size.1)
     );
+    output::print(&format!("{}\n", done.root.digest))
+}
+
+/// The image with SOCI indexes.
+async fn soci(source: Arc<dyn Source>, target: Arc<dyn LayerTarget>, args: &Args) -> Result<()> {
+    let usual = SociOptions::default();
+    let options = SociOptions {
+        span: args.soci_span_size.unwrap_or(usual.span),
+        min_layer: args.soci_min_layer_size.unwrap_or(usual.min_layer),
+        platforms: args.platform.clone(),
+    };
+    let done = with_soci(source, target, &options, progress()).await?;
+    for (layer, why) in &done.skipped {
+        eprintln!("no zTOC of {layer}: {why}");
+    }
+    let size = size::bytes(done.size.try_into().unwrap_or(i64::MAX));
+    eprintln!("made the zTOCs of {} layers: {size}", done.layers);
     output::print(&format!("{}\n", done.root.digest))
 }
 
