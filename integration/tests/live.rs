@@ -62,6 +62,7 @@ mod proxy_network;
 mod publish;
 mod push;
 mod snapshotter;
+mod soci;
 mod steps;
 mod storage;
 mod store_commands;

@@ -194,7 +194,7 @@ fn descriptor(media_type: &str, digest: &str, bytes: &[u8]) -> Value {
 }
 
 /// Uploads a blob and returns its digest.
-fn put_blob(registry: &str, name: &str, bytes: &[u8]) -> String {
+pub(crate) fn put_blob(registry: &str, name: &str, bytes: &[u8]) -> String {
     let digest = digest(bytes);
     let start =
         http::request("POST", registry, &format!("/v2/{name}/blobs/uploads/"), &[], &[]).unwrap();
@@ -215,7 +215,13 @@ fn put_blob(registry: &str, name: &str, bytes: &[u8]) -> String {
     digest
 }
 
-fn put_manifest(registry: &str, name: &str, reference: &str, media_type: &str, bytes: &[u8]) {
+pub(crate) fn put_manifest(
+    registry: &str,
+    name: &str,
+    reference: &str,
+    media_type: &str,
+    bytes: &[u8],
+) {
     let path = format!("/v2/{name}/manifests/{reference}");
     let done =
         http::request("PUT", registry, &path, &[("Content-Type", media_type)], bytes).unwrap();

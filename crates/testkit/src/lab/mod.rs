@@ -404,6 +404,16 @@ impl Lab {
         image::get(&self.registry(), path)
     }
 
+    /// Puts a blob into the repository `name` of the registry; gives its digest.
+    pub fn registry_put_blob(&self, name: &str, bytes: &[u8]) -> String {
+        image::put_blob(&self.registry(), name, bytes)
+    }
+
+    /// Puts a manifest into the repository `name` of the registry, by a tag or its digest.
+    pub fn registry_put_manifest(&self, name: &str, reference: &str, kind: &str, bytes: &[u8]) {
+        image::put_manifest(&self.registry(), name, reference, kind, bytes);
+    }
+
     /// Starts `shipwayd`, or starts it again after [`Lab::kill_daemon`].
     pub fn start_daemon(&mut self) {
         let config = self.dir.join("shipwayd.toml");
