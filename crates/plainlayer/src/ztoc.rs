@@ -15,9 +15,7 @@ use crate::{
     table::{self, Noted},
 };
 use jiff::Timestamp;
-use shipway_estargz::{
-    Codec, Content, MAX_ENTRIES, TarEntry, TarKind, Time, Toc, TocMaker, TocPiece,
-};
+use shipway_estargz::{Codec, Content, TarEntry, TarKind, Time, Toc, TocMaker, TocPiece};
 use shipway_oci::Digest;
 use std::{borrow::Cow, ops::Range};
 
@@ -120,7 +118,7 @@ impl<'a> Ztoc<'a> {
     /// What a zTOC says of the tar, from one without checkpoints ([`Ztoc::entries_only`]).
     pub fn read_entries(bytes: &[u8]) -> Result<Vec<ZtocEntry>> {
         match Table::root(bytes)?.table(4)? {
-            Some(toc) => entries(&toc, u64::MAX, Budget(bytes.len())),
+            Some(toc) => entries(&toc, i64::MAX as u64, Budget(bytes.len())),
             None => Ok(Vec::new()),
         }
     }
@@ -246,9 +244,7 @@ fn checkpoints<'a>(info: &Table<'a>, blob_size: u64) -> Result<Vec<Checkpoint<'a
 
 fn entries(toc: &Table<'_>, tar_size: u64, mut budget: Budget) -> Result<Vec<ZtocEntry>> {
     let all = toc.vector(0)?;
-    if all.len() > MAX_ENTRIES {
-        return Err(Error::Ztoc("it has too many entries"));
-    }
+    // By that there are never more than a table of contents may have.
     budget.spend(all.len().saturating_mul(LEAST_ENTRY))?;
     let (mut entries, mut end) = (Vec::with_capacity(all.len()), 0);
     for table in all.tables() {
@@ -259,7 +255,6 @@ fn entries(toc: &Table<'_>, tar_size: u64, mut budget: Budget) -> Result<Vec<Zto
         let after = after.and_then(|end| end.checked_next_multiple_of(BLOCK));
         end = after
             .filter(|_| entry.offset >= least)
-            .filter(|end| *end <= i64::MAX as u64)
             .ok_or(Error::Ztoc("its entries do not follow each other in the tar"))?;
         entries.push(entry);
     }
