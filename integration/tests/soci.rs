@@ -34,6 +34,7 @@ fn push(lab: &Lab) {
     assert_eq!(Digest::of(get(lab, "soci", "1")).to_string(), done.stdout.trim());
 }
 
+#[track_caller]
 fn get(lab: &Lab, name: &str, manifest: &str) -> Vec<u8> {
     let (status, bytes) = lab.registry_get(&format!("/v2/{name}/manifests/{manifest}"));
     assert_eq!(status, 200, "{name} {manifest}");
@@ -49,6 +50,7 @@ fn manifest(lab: &Lab, name: &str, digest: Digest) -> Manifest {
 }
 
 /// Everything in the image without index, unpacked.
+#[track_caller]
 fn unpacked(lab: &Lab) -> String {
     let plain = format!("{}/plain:1", lab.registry());
     lab.ctr(["images", "pull", "--plain-http", "--snapshotter", "overlayfs", &plain]).ok();

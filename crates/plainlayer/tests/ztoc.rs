@@ -137,6 +137,7 @@ fn what_is_written_is_read_and_gives_the_blob() {
 }
 
 /// What everybody may rely on who has read one: it can be made a table, or there is an error.
+#[track_caller]
 fn promises(bytes: &[u8], blob: &[u8]) -> bool {
     let Ok(found) = Ztoc::read(bytes) else { return false };
     let of = Digest::of(blob);
