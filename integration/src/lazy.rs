@@ -1,7 +1,10 @@
 //! Layers with a table of contents, made of ordinary ones, and what tests read in them.
 
 use shipway_archive::TarReader;
-use shipway_estargz::{Dialect, Output, TarEntry, Writer, WriterOptions};
+use shipway_estargz::{
+    Dialect, ESTARGZ_FOOTER, Output, TOC_DIGEST, TarEntry, Writer, WriterOptions,
+};
+use shipway_oci::Digest;
 use shipway_testkit::{BaseImage, Layer};
 use std::{
     cell::RefCell,
@@ -23,17 +26,46 @@ impl<R: Read> Read for Recorder<R> {
 
 /// The tar of a layer.
 pub fn tar_of(layer: &Layer) -> Vec<u8> {
-    let mut gunzip = Command::new("gzip")
-        .arg("-dc")
+    gzip("-dc", &layer.blob)
+}
+
+/// What `gzip` makes of some bytes.
+fn gzip(options: &str, bytes: &[u8]) -> Vec<u8> {
+    let mut gzip = Command::new("gzip")
+        .arg(options)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut stdin = gunzip.stdin.take().unwrap();
+    let mut stdin = gzip.stdin.take().unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(move || stdin.write_all(&layer.blob).unwrap());
-        gunzip.wait_with_output().unwrap().stdout
+        scope.spawn(move || stdin.write_all(bytes).unwrap());
+        gzip.wait_with_output().unwrap().stdout
     })
+}
+
+/// An eStargz layer whose table of contents has `to` in the place of every `from`, of the same
+/// length: a right one of a publisher who lies.
+pub fn lying_layer(layer: Layer, replaced: &[(String, String)]) -> Layer {
+    // The footer is an empty gzip member that says where the table begins, in 16 hexadecimal
+    // digits.
+    let (body, footer) = layer.blob.split_at(layer.blob.len() - ESTARGZ_FOOTER);
+    let digits = std::str::from_utf8(&footer[16..32]).unwrap();
+    let (data, toc) = body.split_at(usize::from_str_radix(digits, 16).unwrap());
+    let mut toc = String::from_utf8(gzip("-dc", toc)).unwrap();
+    for (from, to) in replaced {
+        assert!(from.len() == to.len() && toc.contains(from), "{from}");
+        toc = toc.replace(from, to);
+    }
+    // A tar with one file, whose length is in the header.
+    let size = toc[124..135].trim_start_matches('0');
+    let json = &toc[512..][..usize::from_str_radix(size, 8).unwrap()];
+    let digest = Digest::of(json).to_string();
+    let blob = [data, &gzip("-nc", toc.as_bytes()), footer].concat();
+    let diff_id = Digest::of(gzip("-dc", &blob)).to_string();
+    let mut annotations = layer.annotations;
+    annotations.insert(TOC_DIGEST.to_owned(), digest);
+    Layer { blob, diff_id, annotations }
 }
 
 /// The layer with a table of contents, as our writer makes it.
@@ -83,12 +115,19 @@ pub fn noise(n: usize, size: usize) -> Vec<u8> {
 /// with tables of contents.
 pub fn push_noise(registry: &str, files: usize, size: usize, output: Output) {
     let mut image = BaseImage::busybox();
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir(dir.path().join("data")).unwrap();
-    for n in 0..files {
-        std::fs::write(dir.path().join(format!("data/{n}")), noise(n, size)).unwrap();
-    }
-    image.layers.push(Layer::of_dir(dir.path()));
+    let files: Vec<_> = (0..files).map(|n| (format!("data/{n}"), noise(n, size))).collect();
+    image.layers.push(layer_of(&files));
     image.layers = image.layers.iter().map(|layer| lazy_layer(layer, output)).collect();
     image.push(registry, "lazy", "1");
+}
+
+/// An ordinary layer with these files.
+pub fn layer_of(files: &[(String, Vec<u8>)]) -> Layer {
+    let dir = tempfile::tempdir().unwrap();
+    for (path, bytes) in files {
+        let path = dir.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+    Layer::of_dir(dir.path())
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 use shipway_estargz::{Output, TOC_DIGEST};
 use shipway_integration::{
     Image, any, collect_garbage, ctr_run,
-    lazy::{noise, push_noise},
+    lazy::{layer_of, lazy_layer, lying_layer, noise, push_noise},
     nothing_left, on_each, remove_everything,
 };
 use shipway_testkit::{
@@ -55,6 +55,7 @@ impl Far {
         lab.start_registry();
         push_base(&lab.registry());
         let slow = SlowNetwork::start(&lab.registry(), FAST);
+        let config = config.replace("DIR", &lab.dir().to_string_lossy());
         lab.configure_daemon(&format!(
             "[registry.\"{}\"]\n  http = true\n{config}",
             slow.address()
@@ -203,6 +204,114 @@ fn one_file_of_an_image_is_copied_without_the_rest() {
     let (fetched, _) = far.fetched(|| far.build("label", "FROM BASE\nLABEL a=b\n", &image).ok());
     assert!(fetched < MIB / 4, "{fetched} bytes were fetched for a label");
     assert_eq!(far.blobs(), 0);
+    far.end();
+}
+
+/// Pushes busybox with another layer of these files, lazy both, as `repository:1`.
+fn push_files(far: &Far, repository: &str, files: &[(String, Vec<u8>)]) {
+    let mut image = BaseImage::busybox();
+    image.layers.push(layer_of(files));
+    image.layers = image.layers.iter().map(|layer| lazy_layer(layer, Output::Estargz)).collect();
+    image.push(&far.lab.registry(), repository, "1");
+}
+
+/// The daemon finds the lab's snapshotter, which is in `DIR`.
+const CONTROL: &str = "[lazy]\n  snapshotterControl = \"DIR/snapshotter-control.sock\"\n";
+/// Bytes of a file with several chunks.
+const LARGE: usize = 30 << 20;
+
+/// What a table of contents says of files is enough to find what was built of the same files,
+/// wherever they came from; files that a step has changed are others.
+#[test]
+fn files_that_are_not_there_have_checksums() {
+    let far = Far::new(any(), "shipway", CONTROL);
+    let large = ("data/large".to_owned(), noise(1, LARGE));
+    let small = |text: &str| ("data/small".to_owned(), text.as_bytes().to_vec());
+    push_files(&far, "one", &[large.clone(), small("a")]);
+    push_files(&far, "two", &[large.clone(), small("a"), ("more".into(), b"more".to_vec())]);
+    let dest = far.lab.dir().join("out");
+    let output = format!("type=local,dest={}", dest.display());
+    let copy = |name: &str, from: &str| {
+        let from = from.replace("HOST", &far.slow.address());
+        let text = format!("FROM scratch\nCOPY {from} /data/large /data/small /\n");
+        far.fetched(|| far.build(name, &text, &output).ok().all())
+    };
+
+    // From a client, who sends all of it.
+    let context = far.lab.context("client", &[]);
+    std::fs::create_dir_all(context.join("data")).unwrap();
+    for (path, bytes) in [&large, &small("a")] {
+        std::fs::write(context.join(path), bytes).unwrap();
+    }
+    let (_, said) = copy("client", "");
+    assert!(!said.contains("CACHED"), "{said}");
+    for (name, from) in [("one", "--from=HOST/one:1"), ("two", "--from=HOST/two:1")] {
+        let (fetched, said) = copy(name, from);
+        assert!(said.contains("CACHED"), "{said}");
+        assert!(fetched < BEFORE_THE_FIRST_STEP, "{fetched} bytes were fetched for a checksum");
+        assert_eq!(std::fs::read(dest.join("small")).unwrap(), b"a");
+    }
+    assert!(std::fs::read(dest.join("large")).unwrap() == large.1, "another file");
+
+    // The same path, size and times as below.
+    let build = |copies: &str| {
+        let text = format!(
+            "FROM {}/one:1 AS changed\n\
+             RUN cp -p /data/small /old && printf b > /data/small && touch -r /old /data/small\n\
+             FROM scratch\n{copies}",
+            far.slow.address()
+        );
+        far.fetched(|| far.build("changed", &text, &output).ok().all())
+    };
+    let (fetched, _) = build("COPY --from=changed /data/small /\n");
+    assert_eq!(std::fs::read(dest.join("small")).unwrap(), b"b");
+    assert!(fetched < BEFORE_THE_FIRST_STEP, "{fetched}");
+    // What the step has not changed is known still.
+    let (fetched, said) = build("COPY --from=changed /data/large /data/small /\n");
+    assert!(fetched > LARGE as u64, "{fetched} bytes for what was never built: {said}");
+    let text = "FROM scratch\nCOPY --from=HOST/two:1 /data/large /alone\n";
+    let text = text.replace("HOST", &far.slow.address());
+    far.build("alone", &text, &output).ok();
+    let (fetched, said) = build("COPY --from=changed /data/large /alone\n");
+    assert!(said.matches("CACHED").count() > 1, "{said}");
+    assert!(fetched < MIB / 4, "{fetched} bytes were fetched for a checksum");
+    far.end();
+}
+
+/// A table of contents that says that a file has other contents than it has: what was built of the
+/// real ones is found, and nothing is built, let alone kept, of the others.
+#[test]
+fn a_lying_table_leads_to_no_wrong_result() {
+    const SIZE: usize = 5 << 20;
+    let far = Far::new(any(), "shipway", CONTROL);
+    let file = |n: usize| ("data/f".to_owned(), noise(n, SIZE));
+    let digests = |n: usize| {
+        let (_, bytes) = file(n);
+        let whole = [shipway_oci::Digest::of(&bytes)];
+        let pieces = bytes.chunks(4 << 20).map(shipway_oci::Digest::of);
+        whole.into_iter().chain(pieces).map(|d| d.to_string()).collect::<Vec<_>>()
+    };
+    push_files(&far, "honest", &[file(1)]);
+    let mut image = BaseImage::busybox();
+    let says: Vec<_> = digests(2).into_iter().zip(digests(1)).collect();
+    image.layers = vec![lying_layer(lazy_layer(&layer_of(&[file(2)]), Output::Estargz), &says)];
+    image.push(&far.lab.registry(), "lying", "1");
+    let dest = far.lab.dir().join("out");
+    let output = format!("type=local,dest={}", dest.display());
+    let copy = |of: &str| {
+        let text = format!("FROM scratch\nCOPY --from={}/{of}:1 /data/f /\n", far.slow.address());
+        far.build(of, &text, &output)
+    };
+    let result = || std::fs::read(dest.join("f")).unwrap();
+    let failed = copy("lying").failed().all();
+    assert!(failed.contains("/data/f") || failed.contains("/f"), "{failed}");
+    let said = copy("honest").ok().all();
+    assert!(!said.contains("CACHED"), "{said}");
+    assert!(result() == file(1).1, "the file of the other image");
+    // What the table says is what there is of it.
+    let said = copy("lying").ok().all();
+    assert!(said.contains("CACHED"), "{said}");
+    assert!(result() == file(1).1, "the file of the other image");
     far.end();
 }
 

@@ -468,7 +468,7 @@ fn digests_of_pieces_are_those_of_the_contents() {
     ops.push(Op {
         path: b"link".to_vec(),
         attrs: Attrs { mode: 0o644, ..Attrs::default() },
-        thing: Thing::HardLink(PIECE.to_string().into_bytes().into()),
+        thing: Thing::HardLink(PIECE.to_string().into_bytes()),
     });
     for output in OUTPUTS {
         let blob = blob_of(&ops, Shape { chunk_size: PIECE as u64, ..plain(output) });
