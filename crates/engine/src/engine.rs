@@ -207,7 +207,7 @@ impl Engine {
         let parts = &self.0.parts;
         let entitlements = request.entitlements(&parts.entitlements, &parts.networks)?;
         let cache_mounts = MountRequests::take(&mut request)?;
-        permit::caches(parts, &request, &cache_mounts)?;
+        permit::caches(parts, &request, &cache_mounts.saves, &cache_mounts.restores)?;
         parts.cache_backends.check_exports(&request.cache_exports)?;
         let wanted = AttestOptions::parse(&request.options)?;
         let exporters = request

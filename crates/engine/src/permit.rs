@@ -1,9 +1,9 @@
-//! What the caller of a build has to be allowed besides building: where results and caches go to and
-//! come from, and which images it is made from. All of it is asked of
+//! What the caller of a build has to be allowed besides building: where results and caches go to
+//! and come from, and which images it is made from. All of it is asked of
 //! [`Caller::check`](shipway_identity::Caller::check), before anything is done.
 
-use crate::{export::mounts::MountRequests, parts::EngineParts, request::BuildRequest};
-use shipway_cachemounts::Direction;
+use crate::{parts::EngineParts, request::BuildRequest};
+use shipway_cachemounts::{Direction, Request};
 use shipway_exporters::{ExportTarget, Exporter};
 use shipway_fault::Result;
 use shipway_identity::{Action, Caller};
@@ -14,11 +14,13 @@ use std::{collections::BTreeMap, sync::Arc};
 /// Schemes of sources that come from registries.
 const IMAGES: [&str; 2] = ["docker-image://", "docker-image+blob://"];
 
-/// The caches of a request, and those of its cache mounts.
+/// The caches of a request, and the places that contents of cache mounts are saved to and restored
+/// from.
 pub(crate) fn caches(
     parts: &EngineParts,
     request: &BuildRequest,
-    mounts: &MountRequests,
+    saves: &[Request],
+    restores: &[Request],
 ) -> Result<()> {
     let caller = &request.caller;
     if !caller.is_restricted() {
@@ -30,12 +32,12 @@ pub(crate) fn caches(
             caller.check(Action::ExportCache(&place))?;
         }
     }
-    for mount in &mounts.saves {
+    for mount in saves {
         for place in backends.mount_places(mount, Direction::Save)? {
             caller.check(Action::ExportCache(&place))?;
         }
     }
-    for mount in &mounts.restores {
+    for mount in restores {
         for place in backends.mount_places(mount, Direction::Restore)? {
             caller.check(Action::ImportCache(&place))?;
         }

@@ -10,8 +10,9 @@
 //! and messages. A frontend out of an image is served alone, over its standard input and output, by
 //! [`serve`].
 //!
-//! A build is driven by its owner; where the daemon asks nobody who they are, all clients that reach
-//! it may name any build. What a build made is found only by ids that cannot be guessed. `base64` reads metadata as old clients send it.
+//! A build is driven by its owner; where the daemon asks nobody who they are, all clients that
+//! reach it may name any build. What a build made is found only by ids that cannot be guessed.
+//! `base64` reads metadata as old clients send it.
 
 mod build;
 mod containers;

@@ -5,8 +5,8 @@ use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude
 /// Most names of one kind that are taken from a certificate.
 const MAX_NAMES: usize = 100;
 
-/// The names of a certificate's holder. Which authority has issued it is checked when the connection
-/// is made.
+/// The names of a certificate's holder. Which authority has issued it is checked when the
+/// connection is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerCertificate {
     /// Common names of the subject.

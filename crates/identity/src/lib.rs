@@ -9,7 +9,7 @@
 //! A daemon without `[auth]` has one caller, [`Caller::unrestricted`], who may do everything.
 //!
 //! ```text
-//! connection, token ── Authenticator ──▶ Identity ── policies ──▶ Caller ── check(Action) ──▶ yes/no
+//! connection, token ── Authenticator ──▶ Identity ── policies ──▶ Caller ── check(Action)
 //!                        │ oidc: JWT by keys of the issuer (RFC 7515, 7517, 7519)
 //!                        └ kubernetes: TokenReview (authentication.k8s.io/v1)
 //! ```

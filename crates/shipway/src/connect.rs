@@ -49,8 +49,8 @@ pub(crate) struct ConnectArgs {
         help_heading = "Identity"
     )]
     token_file: Option<PathBuf>,
-    /// Who issues a token that says who calls: github, in a job of GitHub Actions with the permission
-    /// id-token: write (github,audience=NAME, if the daemon wants another one than shipway)
+    /// Who issues a token that says who calls: github, in a job of GitHub Actions that has the
+    /// permission id-token: write (github,audience=NAME for another audience than shipway)
     #[arg(
         long,
         global = true,
