@@ -96,12 +96,12 @@ ARG VERSION=7
 WORKDIR /work
 RUN chown 1234 /work
 USER 1234
-RUN --mount=type=secret,id=key,required=false --mount=type=bind,source=given,target=/given \\
+RUN --mount=type=secret,id=key,uid=1234,required=false --mount=type=bind,source=given,target=/given \\
     cat /given > half && mkdir dir && ln -s ../half dir/link && exit 9
 ";
 
 fn failing(lab: &Lab, name: &str) -> String {
-    let files = [("Dockerfile", FAILING), ("given", "half done\n"), ("key", "top-secret")];
+    let files = [("Dockerfile", FAILING), ("given", "half done\n"), ("key", "top-secret\n")];
     lab.context(name, &files).to_str().unwrap().to_owned()
 }
 

@@ -15,6 +15,7 @@ mod context;
 mod contexts;
 mod crashes;
 mod cri;
+mod dap;
 mod debug;
 mod devices;
 mod dockerd;

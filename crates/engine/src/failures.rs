@@ -72,7 +72,7 @@ fn with_states(fault: &Fault, keep: impl Fn(&str) -> bool) -> Fault {
             input_ids: kept(input_ids),
             mount_ids: kept(mount_ids),
             op: op.clone(),
-            subject: subject.clone(),
+            subject: *subject,
             description: description.clone(),
         },
         other => other.clone(),

@@ -161,6 +161,15 @@ impl Definition {
         }
     }
 
+    /// The same operations, with the output `output` of the operation `head` as the result.
+    #[must_use]
+    pub fn with_head(&self, head: Digest, output: usize) -> Self {
+        let mut ops = self.ops.clone();
+        ops.pop();
+        ops.push(crate::encode::terminal(head, output));
+        Self { ops, ..self.clone() }
+    }
+
     /// Whether there is nothing in it, which means scratch.
     pub fn is_empty(&self) -> bool {
         self.ops.is_empty()

@@ -6,6 +6,7 @@ pub(crate) mod builders;
 pub(crate) mod certs;
 pub(crate) mod completion;
 pub(crate) mod convert;
+pub(crate) mod dap;
 pub(crate) mod debug;
 pub(crate) mod dial_stdio;
 pub(crate) mod doctor;

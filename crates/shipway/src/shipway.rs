@@ -8,8 +8,8 @@ use shipway_fault::{Code, Fault, Result};
 use crate::{
     Persona,
     command::{
-        bake, build, builders, certs, completion, convert, debug, dial_stdio, doctor, du, history,
-        imagetools, info, prune, store, version, workers,
+        bake, build, builders, certs, completion, convert, dap, debug, dial_stdio, doctor, du,
+        history, imagetools, info, prune, store, version, workers,
     },
     connect::ConnectArgs,
 };
@@ -53,6 +53,7 @@ enum Command {
     /// Forget builds that ended and are not pinned
     PruneHistories(history::Histories),
     Debug(Box<debug::DebugArgs>),
+    Dap(dap::DapArgs),
     /// Write an image again with layers that can be pulled lazily
     Convert(Box<convert::Args>),
     Certs(certs::Args),
@@ -119,6 +120,7 @@ pub(crate) async fn main() -> Result<ExitCode> {
             history::prune(&connect.connect(PERSONA).await?, args).await
         }
         Command::Debug(args) => return debug::of_builds(&connect, *args, line.debug).await,
+        Command::Dap(args) => dap::run(&connect, args).await,
         Command::Convert(args) => convert::run(*args).await,
         Command::Certs(args) => certs::run(&args),
         Command::Doctor(args) => return doctor::run(&connect, args).await,

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use shipway_client::Definition;
+use shipway_client::{Client, Definition, SolveOptions};
 use shipway_fault::{Context as _, Detail, Fault, Result, SourceFile};
 
 use self::{
@@ -28,8 +28,9 @@ use crate::{
     Persona,
     builders::{BuildState, Store},
     connect::ConnectArgs,
+    dap,
     debugger::Looking,
-    nodes::platforms_of,
+    nodes::{Nodes, Part, platforms_of},
     notes::Notes,
     output,
     progress::Mode,
@@ -39,7 +40,7 @@ use crate::{
 
 /// Build an image from a Dockerfile. Without --output, the image is in containerd's store when the
 /// build ends
-#[derive(clap::Args, Debug, Default)]
+#[derive(clap::Args, Clone, Debug, Default)]
 pub(crate) struct Args {
     /// Directory, URL of a Git repository or of a tar, or - for a Dockerfile or tar on standard
     /// input
@@ -230,6 +231,21 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// The same, with what an editor's launch request names.
+    pub(crate) fn launched(
+        mut self,
+        dockerfile: Option<String>,
+        context: Option<String>,
+        target: Option<String>,
+    ) -> Self {
+        if let Some(context) = context {
+            self.context = context;
+        }
+        self.file = dockerfile.or(self.file);
+        self.target = target.or(self.target);
+        self
+    }
+
     fn mode(&self) -> Mode {
         if self.quiet { Mode::Quiet } else { self.progress.unwrap_or(Mode::Auto) }
     }
@@ -258,20 +274,8 @@ async fn attempt(
         return Err(Fault::invalid(what)
             .hint("name a directory as the context, and a Dockerfile with --file"));
     }
-    let reading = (args.file.clone(), args.context.clone());
     let call = Call::of(&args)?;
-    let input = move || Input::read(reading.0.as_deref(), &reading.1);
-    let mut input = shipway_task::blocking("read the context", input).await?;
-    let mut options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
-    let nodes = connect.nodes(Persona::Shipway)?;
-    let parts = nodes.choose(&platforms_of(&options.frontend_attrs)?).await?;
-    let client = nodes.client(parts[0].node).await?;
-    if let Some(url) = input.awaited_dockerfile() {
-        let file = Definition::download(&url, &input.filename);
-        let text = client.read(file, &input.filename).await.context(|| format!("read {url}"))?;
-        input.take_dockerfile(&text)?;
-        options::dockerfile(&input, &mut options)?;
-    }
+    let Ready { input, mut options, nodes, parts, client } = ready(connect, &args).await?;
     let mode = args.mode();
     if let Some(call) = call {
         let answer = run::ask(&client, options, mode).await.map_err(|fault| input.named(fault))?;
@@ -338,6 +342,57 @@ async fn attempt(
     }
     drop(input);
     Ok(ExitCode::SUCCESS)
+}
+
+/// A build that can be asked for.
+struct Ready {
+    input: Input,
+    options: SolveOptions,
+    nodes: Nodes,
+    parts: Vec<Part>,
+    client: Client,
+}
+
+/// Reads what the build needs here, and connects.
+async fn ready(connect: &ConnectArgs, args: &Args) -> Result<Ready> {
+    let reading = (args.file.clone(), args.context.clone());
+    let input = move || Input::read(reading.0.as_deref(), &reading.1);
+    let mut input = shipway_task::blocking("read the context", input).await?;
+    let mut options = options::of(args, &input, &|name| std::env::var(name).ok())?;
+    let nodes = connect.nodes(Persona::Shipway)?;
+    let parts = nodes.choose(&platforms_of(&options.frontend_attrs)?).await?;
+    let client = nodes.client(parts[0].node).await?;
+    if let Some(url) = input.awaited_dockerfile() {
+        let file = Definition::download(&url, &input.filename);
+        let text = client.read(file, &input.filename).await.context(|| format!("read {url}"))?;
+        input.take_dockerfile(&text)?;
+        options::dockerfile(&input, &mut options)?;
+    }
+    Ok(Ready { input, options, nodes, parts, client })
+}
+
+/// The build for an editor, which goes through its steps.
+pub(crate) async fn prepared(connect: &ConnectArgs, args: Args) -> Result<dap::Prepared> {
+    if args.context == "-"
+        || args.file.as_deref().is_some_and(|file| file == "-" || is_remote(file))
+    {
+        return Err(Fault::invalid("an editor needs a context and a Dockerfile on this machine"));
+    }
+    let Ready { input, mut options, parts, client, .. } = ready(connect, &args).await?;
+    let dir = match (&input.dockerfile_dir, parts.len()) {
+        (Some(dir), 1) => dir,
+        (None, _) => {
+            return Err(Fault::invalid("an editor needs a Dockerfile on this machine")
+                .hint("name it with --file"));
+        }
+        _ => {
+            return Err(Fault::unimplemented("going through a build on several nodes")
+                .hint("name one platform with --platform"));
+        }
+    };
+    options.reference = shipway_client::new_reference()?;
+    let (path, filename) = (dir.join(&input.filename), input.filename.clone());
+    Ok(dap::Prepared { client, options, path, filename, kept: Box::new(input) })
 }
 
 /// Notes for `history` where the build's files are, if buildx or we keep builders here: the daemon
