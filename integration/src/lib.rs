@@ -213,3 +213,12 @@ pub fn nothing_left(lab: &Lab) {
         if left.is_empty() { Ok(()) } else { Err(format!("left behind: {left:#?}")) }
     });
 }
+
+/// KiB of a process's memory, by a field of `smaps_rollup` such as `Anonymous`.
+#[track_caller]
+pub fn smaps(pid: u32, field: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
+    let line = line.unwrap_or_else(|| panic!("no {field} in\n{text}"));
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}

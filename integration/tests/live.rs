@@ -47,6 +47,7 @@ mod lazy_kills;
 mod lazy_orders;
 mod lazybuild;
 mod local_images;
+mod memory;
 mod mounts;
 mod nerdctl;
 mod network;

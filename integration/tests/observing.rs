@@ -9,6 +9,7 @@ use shipway_integration::{
     any,
     cri::{Cri, wire},
     lazy::lazy_layer,
+    smaps,
 };
 use shipway_testkit::{BaseImage, Lab, Layer, Process, free_port, run, wait_for};
 use std::{
@@ -170,15 +171,6 @@ fn the_status_is_watched_until_ctrl_c() {
     assert!(terminal.wait().unwrap().success(), "{drawn:?}");
 }
 
-/// KiB of a process's memory by a field of `smaps_rollup`.
-#[track_caller]
-fn memory(pid: u32, field: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
-    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
-    let line = line.unwrap_or_else(|| panic!("no {field} in\n{text}"));
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 /// The keeper of the lab and what holds its state, with the programs that they are.
 fn keepers(lab: &Lab) -> Vec<(u32, String)> {
     let run = lab.dir().join("run").display().to_string();
@@ -205,7 +197,7 @@ fn little_stays_in_memory_with_a_hundred_layers_mounted() {
     // What is theirs alone: how much of a program is in memory depends on how it was built.
     let private = || {
         let pids = keepers.iter().map(|(pid, _)| *pid).chain([snapshotter]);
-        pids.map(|pid| memory(pid, "Anonymous") + memory(pid, "Pss_Shmem")).sum::<u64>()
+        pids.map(|pid| smaps(pid, "Anonymous") + smaps(pid, "Pss_Shmem")).sum::<u64>()
     };
     let idle = private();
     let mut image = BaseImage::busybox();
@@ -229,12 +221,12 @@ fn little_stays_in_memory_with_a_hundred_layers_mounted() {
     let served = layers.iter().filter(|layer| layer["mounted"] == "served").count();
     assert_eq!(served, LAYERS, "{status}");
     let mounted = private();
-    let own = memory(snapshotter, "Rss");
+    let own = smaps(snapshotter, "Rss");
     eprintln!("{idle} KiB idle, {mounted} KiB with {LAYERS} layers; the snapshotter is {own} KiB");
     assert!(idle <= 8 << 10, "{idle} KiB");
     assert!(mounted <= 25 << 10, "{mounted} KiB");
     for (pid, program) in &keepers {
-        let rss = memory(*pid, "Rss");
+        let rss = smaps(*pid, "Rss");
         eprintln!("{program}: {rss} KiB");
         assert!(rss <= 8 << 10, "{program}: {rss} KiB");
     }
