@@ -69,6 +69,8 @@ fn check_image(lab: &Lab, round: usize) -> String {
 #[test]
 fn twenty_times_the_daemon_is_killed() {
     let mut lab = Lab::complete(any());
+    // Steps go on without the daemon, and those that the next build does not want end soon.
+    lab.configure_daemon("[system]\n  adoptTimeout = \"5s\"\n");
     let context = lab.context("crash", &[("Dockerfile", DOCKERFILE), ("file", "content\n")]);
     let round = |n: usize| format!("ROUND={n}");
     let mut length = build(&lab, "crash:1", &context, &["--build-arg", &round(0)]).ok().took;
@@ -91,6 +93,11 @@ fn twenty_times_the_daemon_is_killed() {
         assert_eq!(check_image(&lab, n), stable, "round {n}: the cache was lost:\n{}", again.all());
     }
     assert!(hit >= 5, "only {hit} of 20 kills hit a build");
+    let steps = lab.dir().join("shipwayd/executor/run");
+    wait_for("steps that no build wanted to end", Duration::from_secs(60), || {
+        let steps = std::fs::read_dir(&steps).unwrap().count();
+        if steps == 0 { Ok(()) } else { Err(format!("{steps} steps")) }
+    });
     remove_everything(&lab);
     nothing_left(&lab);
     assert!(lab.stop_daemon(), "the daemon had to be killed");

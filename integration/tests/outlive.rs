@@ -136,6 +136,13 @@ fn a_step_goes_on_while_its_daemon_is_killed_twice() {
         let context = lab.context("outlived", &[("Dockerfile", &*text)]);
         let client = start(&lab, "outlived:1", &context);
         let one = gate.await_step("/one");
+        wait_for("what the step said to be kept", PATIENCE, || {
+            let kept = of_executor(&lab, "run").into_iter().map(|dir| dir.join("output"));
+            let kept =
+                kept.filter_map(|file| std::fs::read(file).ok()).collect::<Vec<_>>().concat();
+            let kept = String::from_utf8_lossy(&kept).into_owned();
+            if kept.contains("first") { Ok(()) } else { Err(kept) }
+        });
         lab.kill_daemon();
         // It says something and asks the next thing while there is no daemon.
         open(one);

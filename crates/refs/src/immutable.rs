@@ -147,8 +147,8 @@ impl ImmutableRef {
         self.as_layered().is_some_and(LayeredRef::is_exact)
     }
 
-    /// The name of its snapshot, which need not exist yet; `None` without layers, and for a client's
-    /// directory.
+    /// The name of its snapshot, which need not exist yet; `None` without layers, and for a
+    /// client's directory.
     pub fn snapshot_name(&self) -> Option<&SnapshotKey> {
         self.as_layered()?.record().snapshot()
     }

@@ -1,5 +1,5 @@
-//! Snapshots of an earlier run of the daemon that a process goes on to use: they are taken over into
-//! this run's lease before the earlier one's ends.
+//! Snapshots of an earlier run of the daemon that a process goes on to use: they are taken over
+//! into this run's lease before the earlier one's ends.
 
 use crate::{
     active::Active,

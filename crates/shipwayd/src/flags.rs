@@ -60,7 +60,7 @@ pub struct Flags {
     /// How long running builds may take after SIGTERM, such as 10m; a second signal ends them
     #[arg(long = "drain-timeout", value_name = "DURATION")]
     pub drain_timeout: Option<String>,
-    /// How long running steps wait for their builds after a restart, such as 5m; 0s ends steps with the daemon
+    /// How long running steps wait for their builds after a restart, such as 5m; 0s for not at all
     #[arg(long = "adopt-timeout", value_name = "DURATION")]
     pub adopt_timeout: Option<String>,
     /// Gives no devices of the host (CDI) to steps

@@ -8,8 +8,8 @@
 //! shares the fate of the FIFOs beside it; a reboot ends the task as well.
 //!
 //! ```text
-//!  written ──▶ begins ──▶ daemon dies ──▶ next run: sweep ──▶ held ──▶ resumed ──▶ ends, cleaned up
-//!     │                                       │                └─────▶ abandoned: killed, cleaned up
+//!  written ──▶ begins ──▶ daemon dies ──▶ next run: sweep ──▶ held ──▶ resumed, ends
+//!     │                                       │                └─────▶ abandoned: killed
 //!     └ withdrawn before a kill               └ no record, or it never began: swept as ever
 //! ```
 //!
@@ -207,17 +207,25 @@ struct SparedParts {
 }
 
 impl Spared {
-    /// Whether `id` is a container that is spared, one that holds its shim, or the one that shim is
-    /// known by.
-    pub(super) fn has(&self, id: &str) -> bool {
-        self.0.contains_key(id)
-            || self.0.values().any(|parts| parts.founder == id || keeper_of(&parts.group) == id)
+    /// Their containers, those that hold their shims, and those that the shims are known by.
+    fn ids(&self) -> impl Iterator<Item = String> + '_ {
+        self.0
+            .iter()
+            .flat_map(|(id, parts)| [id.clone(), keeper_of(&parts.group), parts.founder.clone()])
     }
 
-    /// Whether the name of a cgroup is one of theirs.
+    /// Whether `id` is the container of one of them, or one that has to do with its shim.
+    pub(super) fn has(&self, id: &str) -> bool {
+        self.ids().any(|known| known == id)
+    }
+
+    /// Whether the name of a cgroup is one of theirs: the container's, or that of a unit of systemd
+    /// with something before it.
     pub(super) fn has_cgroup(&self, name: &str) -> bool {
-        let id = name.strip_prefix("shipway-").filter(|_| name.ends_with(".scope"));
-        self.has(id.map_or(name, |id| id.trim_end_matches(".scope")))
+        let name = name.strip_suffix(".scope").unwrap_or(name);
+        self.ids().filter(|id| !id.is_empty()).any(|id| {
+            name.strip_suffix(&id).is_some_and(|before| before.is_empty() || before.ends_with('-'))
+        })
     }
 
     /// Whether a network namespace is one of theirs.
@@ -381,11 +389,15 @@ mod tests {
         let spared = spared();
         for id in ["it", "g-1-keeper", "first"] {
             assert!(spared.has(id), "{id}");
-            assert!(spared.has_cgroup(id) && spared.has_cgroup(&format!("shipway-{id}.scope")));
+            for cgroup in [id.to_owned(), format!("shipway-{id}.scope"), format!("own-{id}.scope")]
+            {
+                assert!(spared.has_cgroup(&cgroup), "{cgroup}");
+            }
         }
         for id in ["i", "it2", "g-1", "g-10-keeper", ""] {
-            assert!(!spared.has(id), "{id}");
+            assert!(!spared.has(id) && !spared.has_cgroup(id), "{id}");
         }
+        assert!(!spared.has_cgroup("split"));
         assert!(spared.has_netns("n-1") && !spared.has_netns("n-10"));
         assert!(Spared::default().is_empty() && !spared.is_empty());
     }

@@ -39,8 +39,8 @@ pub(super) fn id_prefix(root: &Path) -> String {
     format!("shipway-{}-", &digest[..8])
 }
 
-/// Removes what is left of containers whose ids begin with `id_prefix` in `namespace`; but for those
-/// that are `spared`, none of them may have a task any more.
+/// Removes what is left of containers whose ids begin with `id_prefix` in `namespace`; but for
+/// those that are `spared`, none of them may have a task any more.
 pub(super) fn remove(namespace: &str, id_prefix: &str, spared: &Spared) {
     let began = Instant::now();
     let mut shims = shims(namespace, id_prefix, spared);

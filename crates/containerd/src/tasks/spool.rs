@@ -1,8 +1,8 @@
 //! Owns the file that keeps a process's output while it runs, for a later run of the daemon: pieces
 //! in the order in which they were read, each with its stream and its length before it.
 //!
-//! A piece is in the file before anybody else gets it. Between its reading and its writing are
-//! microseconds; a daemon that is killed in them loses it. The file is bounded: what a process
+//! A piece is in the file before anybody else gets it, and is written by the thread that read it: a
+//! daemon that is killed between these two calls loses it. The file is bounded: what a process
 //! writes beyond is passed on all the same, and a later run says that it was not kept.
 
 use parking_lot::Mutex;
@@ -32,12 +32,24 @@ pub(super) struct Spool {
 #[derive(Default)]
 struct State {
     /// Opened for the first piece: most processes write nothing.
-    file: Option<Arc<File>>,
+    file: Option<File>,
     size: u64,
     /// Whether something was not kept.
     cut: bool,
     /// Who gets it; nobody yet in a process that was left.
     target: Option<OutputTarget>,
+}
+
+impl State {
+    fn keep(&mut self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            none => none.insert(create(path)?),
+        };
+        file.write_all(bytes)?;
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
 }
 
 impl Spool {
@@ -57,7 +69,7 @@ impl Spool {
                 // The last piece may have been cut off.
                 file.set_len(state.size).map_err(fail)?;
                 state.cut = state.size >= MAX_SPOOL;
-                state.file = Some(Arc::new(file));
+                state.file = Some(file);
             }
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(fail(e)),
@@ -71,27 +83,12 @@ impl Spool {
         if state.size >= MAX_SPOOL {
             state.cut = true;
         } else {
-            let (path, file, bytes) = (self.path.clone(), state.file.clone(), frame(&output));
-            let size = bytes.len() as u64;
-            let keep = move || {
-                let fail = |e| Fault::io(format!("write {}", path.display()), e);
-                let file = match file {
-                    Some(file) => file,
-                    None => Arc::new(create(&path).map_err(fail)?),
-                };
-                (&*file).write_all(&bytes).map_err(fail)?;
-                Ok(file)
-            };
-            match blocking("keep output", keep).await {
-                Ok(file) => {
-                    state.file = Some(file);
-                    state.size += size;
-                }
-                Err(e) => {
-                    tracing::debug!("output is not kept any more: {e}");
-                    state.size = MAX_SPOOL;
-                    state.cut = true;
-                }
+            // Not on a thread for blocking work: what waits for one is lost by a kill. It is a copy
+            // into the page cache.
+            if let Err(e) = state.keep(&self.path, &frame(&output)) {
+                tracing::debug!("output is not kept any more: {e}");
+                state.size = MAX_SPOOL;
+                state.cut = true;
             }
         }
         if let Some(target) = &state.target {

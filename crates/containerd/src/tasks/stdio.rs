@@ -93,7 +93,7 @@ impl Pipe {
     /// One that the shim has opened already.
     fn reopen(path: PathBuf) -> Result<(Self, pipe::Receiver)> {
         let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(broken(&path))?;
-        // A reader is told of an end only after a writer that it has seen: the shim's may have gone.
+        // A reader sees an end only after a writer that it has seen: the shim's may have gone.
         drop(pipe::OpenOptions::new().open_sender(&path).map_err(broken(&path))?);
         Ok((Self { path, writer: None }, reader))
     }

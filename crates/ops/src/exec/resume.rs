@@ -1,6 +1,6 @@
-//! Steps that outlive the daemon (row `dp.outlive`). A step is a task of containerd's, which goes on
-//! when the daemon is killed, upgraded or stopped; the build that wants it comes again, and then it
-//! is to go on with the step instead of beginning anew.
+//! Steps that outlive the daemon (row `dp.outlive`). A step is a task of containerd's, which goes
+//! on when the daemon is killed, upgraded or stopped; the build that wants it comes again, and then
+//! it is to go on with the step instead of beginning anew.
 //!
 //! - **Which step it is** ([`key`]) is a digest of all that decides what the process does and to
 //!   what: the operation whole, with what is not in its cache key (addresses of hosts, proxies,
@@ -16,12 +16,12 @@
 //! - **Which do not**: those with secrets (they are not to outlive the daemon), SSH agents, the
 //!   proxy network (all of which the daemon serves), inputs that are a client's directory or a git
 //!   repository (the next transfer would change it under the process), cache mounts that begin
-//!   empty in this build or are made from another state (steps share a mount of the daemon's), those
-//!   whose reads are watched (`--optimize`), and containers of frontends and clients, which end with
-//!   their caller. A step's spans for the traces of a build are lost after the daemon's end.
-//! - **What was not seen** is not made up: a step that failed while no daemon ran is run again, since
-//!   the end of its output, and so the reason, is lost; one that succeeded is committed, and its log
-//!   says that the end of it may be missing.
+//!   empty in this build or are made from another state (steps share a mount of the daemon's),
+//!   those whose reads are watched (`--optimize`), and containers of frontends and clients, which
+//!   end with their caller. A step's spans for a build's traces are lost after the daemon's end.
+//! - **What was not seen** is not made up: a step that failed while no daemon ran is run again,
+//!   since the end of its output, and so the reason, is lost; one that succeeded is committed, and
+//!   its log says that the end of it may be missing.
 
 use super::key::own_key;
 use crate::{key::KeyWriter, step_options::StepOptions};
