@@ -100,7 +100,7 @@ enum State {
     /// Not begun.
     Waiting,
     Running,
-    Stopped(Stop),
+    Stopped(Box<Stop>),
     Ended,
 }
 
@@ -323,7 +323,7 @@ impl<W: AsyncWrite + Unpin> Adapter<W> {
             body["text"] = fault.to_string().into();
             stop = Stop { step: Step::of_failure(&fault), failure: Some(fault), ..stop };
         }
-        self.state = State::Stopped(stop);
+        self.state = State::Stopped(Box::new(stop));
         self.to.event("stopped", body).await
     }
 
@@ -642,9 +642,11 @@ impl<W: AsyncWrite + Unpin> Adapter<W> {
     }
 
     fn exception(&self) -> Result<Value> {
-        let State::Stopped(Stop { failure: Some(fault), .. }) = &self.state else {
-            return Err(Fault::invalid("nothing failed"));
+        let failure = match &self.state {
+            State::Stopped(stop) => stop.failure.as_ref(),
+            _ => None,
         };
+        let fault = failure.ok_or_else(|| Fault::invalid("nothing failed"))?;
         Ok(json!({
             "exceptionId": "failed step",
             "description": fault.to_string(),
