@@ -74,15 +74,7 @@ impl Driven {
             solved.map(|s| s.into_inner().exporter_response).map_err(|s| solve_fault(&s))
         });
         let solve = AbortOnDropHandle::new(solve);
-        Ok(Self {
-            calls: client.calls(),
-            id,
-            reference,
-            plan,
-            solve,
-            followed,
-            _session: session,
-        })
+        Ok(Self { calls: client.calls(), id, reference, plan, solve, followed, _session: session })
     }
 
     /// Asks the gateway for `ask`.
