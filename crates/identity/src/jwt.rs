@@ -306,7 +306,7 @@ pub(crate) mod tests {
 
     #[track_caller]
     fn refused(keys: &Keys, token: &str, why: &str) {
-        let fault = verified(keys, token).err().expect("it was taken");
+        let fault = verified(keys, token).expect_err("it was taken");
         assert_eq!(fault.code(), Code::Unauthenticated, "{fault}");
         assert!(fault.to_string().contains(why), "{why}: {fault}");
         // Nothing of the token is in the words but names.

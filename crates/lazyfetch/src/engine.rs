@@ -32,11 +32,11 @@ use tracing::Span;
 /// Frames that are decompressed and compared at once, each of which holds a chunk in memory.
 const CHECKS: usize = 2;
 /// Frames of a profile that are in the queue at least; the rest of the profile waits outside.
-const FED: usize = 64;
+const FED: usize = 16;
 /// Looks at blocks of which nothing is missing and which are not good, as others write them.
 const LOOKS: u32 = 4;
 /// Pieces of a profile that are looked at together.
-const FEED: usize = 32;
+const FEED: usize = 16;
 /// Tries for what nobody waits for.
 const QUIET_TRIES: u32 = 3;
 /// A second request is sent when the first has been silent for so many times the usual.

@@ -225,7 +225,7 @@ mod tests {
     struct Mounted(Vec<PathBuf>);
 
     impl Mounted {
-        fn new(&mut self, kind: &str, at: &Path, options: &str) {
+        fn mount(&mut self, kind: &str, at: &Path, options: &str) {
             fs::create_dir_all(at).unwrap();
             let options = std::ffi::CString::new(options).unwrap();
             mount(kind, at, kind, MountFlags::empty(), &*options).unwrap();
@@ -257,7 +257,7 @@ mod tests {
         let (served, middle, top) =
             (dir.path().join("served"), dir.path().join("middle"), dir.path().join("top"));
         let mut mounted = Mounted(Vec::new());
-        mounted.new("tmpfs", &served, "");
+        mounted.mount("tmpfs", &served, "");
         let all = [
             ("same", "1"),
             ("dir/same", "2"),
@@ -291,7 +291,11 @@ mod tests {
         let lower = vec![top.clone(), middle.clone(), served.clone()];
         let root = dir.path().join("overlay");
         let names: Vec<_> = lower.iter().map(|path| path.display().to_string()).collect();
-        mounted.new("overlay", &root, &format!("redirect_dir=follow,lowerdir={}", names.join(":")));
+        mounted.mount(
+            "overlay",
+            &root,
+            &format!("redirect_dir=follow,lowerdir={}", names.join(":")),
+        );
         let overlay = [Mount::Overlay(Overlay { lower, ..Overlay::default() })];
         let contents = Served { layer: served.clone(), asked: Mutex::default() };
         let files = LowerFiles { mounts: &overlay, contents: &contents };
@@ -342,7 +346,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let served = dir.path().join("served");
         let mut mounted = Mounted(Vec::new());
-        mounted.new("tmpfs", &served, "");
+        mounted.mount("tmpfs", &served, "");
         put(&served, &[("a", "1")]);
         let bind = [Mount::bind(&served, true)];
         let files = LowerFiles { mounts: &bind, contents: &Silent };

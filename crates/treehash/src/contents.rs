@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn pieces_and_streams_give_the_same_digest() {
-        let bytes: Vec<u8> = (0..2 * PIECE + 5).map(|n| (n * n >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..2 * PIECE + 5).map(|n| ((n * n) >> 7) as u8).collect();
         for size in [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 5] {
             let bytes = &bytes[..size as usize];
             let pieces: Vec<Digest> = bytes.chunks(PIECE as usize).map(Digest::of).collect();

@@ -170,7 +170,7 @@ fn known_and_read_contents_give_the_same_checksum() {
     let root = dir.path();
     tree(root);
     fs::write(root.join("src/empty"), "").unwrap();
-    let large: Vec<u8> = (0..2 * PIECE + 77).map(|n| (n * n >> 9) as u8).collect();
+    let large: Vec<u8> = (0..2 * PIECE + 77).map(|n| ((n * n) >> 9) as u8).collect();
     for size in [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 77] {
         let path = root.join("src").join(size.to_string());
         fs::write(&path, &large[..size as usize]).unwrap();
