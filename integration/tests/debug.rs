@@ -157,7 +157,7 @@ fn a_failed_step_is_entered_after_its_build() {
     assert_eq!(std::fs::read_link(copy.join("dir/link")).unwrap(), Path::new("../half"));
     lab.shipway(["debug", &step, "--cat", "/work/none"]).failed();
 
-    // Who was not told of it does not find it: the history has no such id.
+    // The history does not have the id, so other users cannot find it.
     let records = lab.shipway(["debug", "histories", "--format", "{{json .}}"]).ok().stdout;
     assert!(records.contains("exit code: 9") && !records.contains(&step), "{records}");
     let other = lab.shipway(["debug", "0123456789012345678901234"]).failed();

@@ -159,7 +159,7 @@ fn put(lab: &Lab, name: &str, old: &Descriptor, value: &Value) -> Value {
 }
 
 /// An index that says something else than the layer is used, until the whole layer was read: then
-/// it is told, and not used again.
+/// the difference is reported, and the index is not used again.
 #[test]
 fn an_index_that_lies_is_found_out() {
     let lab = lab(any(), "");

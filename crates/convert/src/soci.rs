@@ -193,7 +193,7 @@ impl Work<'_> {
     async fn entry(&self, old: &Descriptor) -> Result<(Descriptor, Option<Descriptor>)> {
         if !media::is_manifest(&old.media_type) {
             return Err(Fault::invalid(format!(
-                "{} in the index is no image, but {:?}",
+                "{} in the index is not an image, but {:?}",
                 old.digest, old.media_type
             )));
         }

@@ -4,8 +4,8 @@
 //! A build's own failed states end with it. Those of the last builds are committed here, in the
 //! background, and let go of: they are build cache like any other, listed and pruned by name, only
 //! that garbage collection takes them first. What is kept of them is the fault, which says what the
-//! step was, and their ids. They are found by an id that only the client of the build was told: the
-//! history does not have it. A client's directory that the step saw is there until it changes.
+//! step was, and their ids. They are found by an id that only the build's client has; it is not
+//! in the history. A client's directory that the step saw is there until it changes.
 
 use parking_lot::Mutex;
 use shipway_buildcache::CacheIndex;

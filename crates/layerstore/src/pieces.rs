@@ -20,10 +20,10 @@ impl Bytes for Meta {
 impl Layer {
     /// For each inode of the mounted image, the digests (SHA-256) of its contents in pieces of
     /// `length` bytes, of which the last one may be shorter. Nothing is read or fetched for that.
-    /// Whoever reads such a piece gets bytes with its digest, or an error.
+    /// A read of such a piece gets bytes with its digest, or an error.
     ///
-    /// `None` where they are not known: of what is no regular file, or has chunks of other lengths
-    /// or of zeros. At most `most` digests are given in all, of the inodes that come first; of a
+    /// `None` where they are not known: of what is not a regular file, or has chunks of zeros or of
+    /// other lengths. At most `most` digests are given in all, of the inodes that come first; of a
     /// layer that is [`State::Lying`] none.
     pub fn pieces(
         &self,

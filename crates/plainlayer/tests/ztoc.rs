@@ -313,5 +313,5 @@ fn what_is_said_many_times_is_not_read_many_times() {
         let _ = Ztoc::read(&circle);
     }
     let file = bytes.first_chunk().map(Spans::length).unwrap();
-    assert!(file.is_err(), "a zTOC is no file of spans");
+    assert!(file.is_err(), "a zTOC is not a file of spans");
 }

@@ -40,8 +40,8 @@
 //! `inodes` are numbers of files in it as `stat` shows them there, at most 1024. For each of them
 //! the answer has the digests of its contents in pieces of `length` bytes, or `null` where they are
 //! not known: the last piece is shorter, and an answer has 8192 digests at the most. They are what
-//! the layer's verified index says, so nothing is read or fetched for them; but whoever reads such a
-//! piece gets bytes with its digest, or an error.
+//! the layer's verified index says, so nothing is read or fetched for them; a read of such a piece
+//! gets bytes with its digest, or an error.
 //!
 //! # Errors
 //!

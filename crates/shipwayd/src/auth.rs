@@ -19,7 +19,7 @@ use tower::{Layer, Service};
 /// What a call needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Needs {
-    /// Nothing: whoever looks after the daemon's health is nobody in particular.
+    /// Nothing: health checks have no identity.
     Nothing,
     /// To be one who may use the daemon.
     Use,

@@ -1,15 +1,14 @@
-//! The digest of a file's contents, made of digests of pieces: whoever has those of the pieces need
-//! not read the file.
+//! The digest of a file's contents, made of digests of pieces: where those of the pieces are known
+//! the file need not be read.
 
 use shipway_oci::{Digest, Hasher};
 use std::path::Path;
 
 /// Bytes of a piece of a file's contents; the last one of a file may be shorter.
 ///
-/// It is the length of chunks where writers of eStargz and zstd:chunked layers are told nothing
-/// else, so that the digests in a layer's table of contents are those of pieces. A table has a
-/// digest of each whole file as well, but what is read of the layer is compared with those of chunks
-/// alone: a file could have other contents than the digest of the whole says, and a cache key that
+/// It is the default length of chunks of eStargz and zstd:chunked layers, so that the digests in a
+/// layer's table of contents are those of pieces. A table has a digest of each whole file as well,
+/// but what is read of the layer is compared with those of chunks alone: a file could have other contents than the digest of the whole says, and a cache key that
 /// depends on that digest would then be a key to other contents.
 pub const PIECE: u64 = 4 << 20;
 

@@ -231,7 +231,7 @@ mod tests {
         let got = got.lock();
         assert_eq!(got.len(), pieces - 1, "all but two, and a word about them");
         assert!(got.last().is_some_and(|(_, b)| b.ends_with(b"is not kept]\n")));
-        // What is no spool is none.
+        // A file that is not a spool counts as empty.
         std::fs::write(&path, [0, 255, 255, 255, 255, 1, 2]).unwrap();
         Spool::left(path.clone()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);

@@ -198,7 +198,7 @@ impl Lazy {
         match layer.landmark() {
             _ if !learned.is_empty() => self.fetcher.learned(number, learned),
             Some(Landmark::Prefetch { end }) => self.fetcher.landmark(number, end),
-            // Converters mark every layer so that they were told nothing about.
+            // Converters set that mark wherever no order was given to them.
             Some(Landmark::NoPrefetch) | None => {
                 let first = self.neighbors.first(layer);
                 if !first.is_empty() {

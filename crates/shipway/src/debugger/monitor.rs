@@ -119,7 +119,7 @@ impl<'a> Monitor<'a> {
         terminal: &mut Terminal,
     ) -> Result<Option<Next>> {
         let number = |text: &String| {
-            text.parse::<usize>().map_err(|_| Fault::invalid(format!("{text:?} is no number")))
+            text.parse::<usize>().map_err(|_| Fault::invalid(format!("{text:?} is not a number")))
         };
         let wants = |what: &str| Fault::invalid(format!("usage: {what}"));
         match (command, arguments) {
