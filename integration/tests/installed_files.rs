@@ -18,13 +18,21 @@ const UNITS: &[&str] = &[
 /// What a systemd before 254 does not know and passes over.
 const NEW_KEYS: &[&str] = &["FileDescriptorStorePreserve"];
 
-/// How far the daemon comes with this configuration: past it, it looks for containerd and finds
-/// none.
+/// How far the daemon comes with this configuration, where the files are that it names for knowing
+/// callers: past it, it looks for containerd and finds none.
 #[track_caller]
 fn understood(text: &str) {
     let dir = tempfile::tempdir().unwrap();
+    let etc = dir.path().join("etc");
+    run(Command::new(built("shipway")).args(["certs", "--host", "h"]).arg(&etc)).ok();
+    for ca in ["issuer-ca.pem", "kubernetes-ca.pem"] {
+        fs::copy(etc.join("daemon/ca.pem"), etc.join(ca)).unwrap();
+    }
+    fs::write(etc.join("keys.json"), "{\"keys\":[]}").unwrap();
+    fs::write(etc.join("kubernetes-token"), "token").unwrap();
+    let text = text.replace("\"/etc/shipway/", &format!("\"{}/", etc.display()));
     let config = dir.path().join("shipwayd.toml");
-    fs::write(&config, text).unwrap();
+    fs::write(&config, &text).unwrap();
     let mut daemon = Command::new(built("shipwayd"));
     daemon
         .arg("--config")

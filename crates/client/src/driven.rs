@@ -1,5 +1,5 @@
-//! A build that its client drives through the gateway (row `ctl.solve.gwmode`): `Control.Solve` without
-//! a graph, beside calls of the gateway, until a result is returned.
+//! A build that its client drives through the gateway (row `ctl.solve.gwmode`): `Control.Solve`
+//! without a graph, beside calls of the gateway, until a result is returned.
 
 use std::collections::BTreeMap;
 

@@ -208,9 +208,9 @@ impl ImmutableRef {
         }
     }
 
-    /// Checksum of a part of the state, independent of times (row `so.hash`). Files of layers that a
-    /// snapshotter serves are fetched for that only if it does not know what is in them. `NotFound`
-    /// names the missing path.
+    /// Checksum of a part of the state, independent of times (row `so.hash`). Files of layers that
+    /// a snapshotter serves are fetched for that only if it does not know what is in them.
+    /// `NotFound` names the missing path.
     pub async fn checksum(&self, selector: &Selector) -> Result<Digest> {
         // What a client's directory should have, its frontend explains: it knows the ignore file.
         let (index, suggests, served) = match &self.0 {

@@ -96,9 +96,9 @@ pub type FilePieces = Vec<Option<Vec<Digest>>>;
 /// Knows what is in layers that a snapshotter serves, without reading them.
 pub trait LayerContents: Send + Sync {
     /// For each of `inodes` of the layer whose files are at `layer`, the digests (SHA-256) of its
-    /// contents in pieces of `length` bytes, of which the last one may be shorter; `None` where they
-    /// are not known. To read a piece must give bytes with that digest or fail. An error if nothing
-    /// is known of the layer. Blocks.
+    /// contents in pieces of `length` bytes, of which the last one may be shorter; `None` where
+    /// they are not known. To read a piece must give bytes with that digest or fail. An error if
+    /// nothing is known of the layer. Blocks.
     fn pieces(&self, layer: &Path, inodes: &[u64], length: u64) -> Result<FilePieces>;
 }
 

@@ -113,8 +113,8 @@ pub type Pieces = Vec<Option<Vec<Digest>>>;
 
 /// Knows what is in the files of layers.
 pub trait LayerPieces: Send + Sync {
-    /// Digests of the contents of `inodes` of the layer whose files are at `directory`, in pieces of
-    /// `length` bytes; at most `most` of them. Blocks.
+    /// Digests of the contents of `inodes` of the layer whose files are at `directory`, in pieces
+    /// of `length` bytes; at most `most` of them. Blocks.
     fn pieces(&self, directory: &Path, inodes: &[u64], length: u64, most: usize) -> Result<Pieces>;
 }
 

@@ -3,8 +3,8 @@
 //!
 //! Each command is a file in `command`; the doc comments of its arguments are its help. `spec`
 //! reads the small languages of flags, `run` carries a build from options to its end, `progress`
-//! draws it, `failure` reports what went wrong, `explain` why steps ran, `debugger` is a person in a
-//! step, `dap` an editor.
+//! draws it, `failure` reports what went wrong, `explain` why steps ran, `debugger` is a person in
+//! a step, `dap` an editor.
 //!
 //! Dependencies worth a word: `clap` reads command lines; `base64` opens what exporters answer;
 //! `tempfile` holds a Dockerfile or context that comes on standard input; `rustix` asks the

@@ -1,7 +1,7 @@
 //! A remote snapshotter as builds see it: what a Prepare has to say for it to find a layer, the
-//! credentials that it needs for that, and what it knows of files that it has not fetched. Labels are
-//! kept and shown, so credentials go another way: to `shipway-snapshotter` over its control socket,
-//! where they stay in memory.
+//! credentials that it needs for that, and what it knows of files that it has not fetched. Labels
+//! are kept and shown, so credentials go another way: to `shipway-snapshotter` over its control
+//! socket, where they stay in memory.
 
 use serde::Deserialize;
 use shipway_fault::{Fault, Result};

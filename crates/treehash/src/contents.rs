@@ -8,8 +8,9 @@ use std::path::Path;
 ///
 /// It is the default length of chunks of eStargz and zstd:chunked layers, so that the digests in a
 /// layer's table of contents are those of pieces. A table has a digest of each whole file as well,
-/// but what is read of the layer is compared with those of chunks alone: a file could have other contents than the digest of the whole says, and a cache key that
-/// depends on that digest would then be a key to other contents.
+/// but what is read of the layer is compared with those of chunks alone: a file could have other
+/// contents than the digest of the whole says, and a cache key that depends on that digest would
+/// then be a key to other contents.
 pub const PIECE: u64 = 4 << 20;
 
 /// What the digest of contents in several pieces begins with.
@@ -91,8 +92,9 @@ pub struct TreeFile<'a> {
 
 /// Knows what is in files of a tree without reading them.
 pub trait KnownContents {
-    /// For each of `files`, the digests (SHA-256) of its pieces of [`PIECE`] bytes, in order; `None`
-    /// where they are not known. To read a piece must give bytes with that digest or fail. Blocks.
+    /// For each of `files`, the digests (SHA-256) of its pieces of [`PIECE`] bytes, in order;
+    /// `None` where they are not known. To read a piece must give bytes with that digest or fail.
+    /// Blocks.
     fn pieces(&self, files: &[TreeFile<'_>]) -> Vec<Option<Vec<Digest>>>;
 }
 

@@ -78,8 +78,8 @@ impl Inode {
 }
 
 impl TreeIndex {
-    /// The checksum of what `selector` means in the tree at `root`. Files are read, unless they were
-    /// before or `known` knows what is in them. Blocks: call it off the async threads.
+    /// The checksum of what `selector` means in the tree at `root`. Files are read, unless they
+    /// were before or `known` knows what is in them. Blocks: call it off the async threads.
     pub fn checksum(
         &self,
         root: &Path,

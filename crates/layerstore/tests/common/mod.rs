@@ -12,7 +12,7 @@ pub mod blobs;
 #[allow(unused_imports, reason = "not every test compares what is mounted")]
 pub use model::Is;
 pub use model::{Attrs, Model, Thing};
-use model::{Dice, Maker, Op};
+use model::{Maker, Op};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
@@ -22,6 +22,7 @@ use shipway_layerstore::{
     Chunk, ChunkId, Description, Extent, Layer, LayerKey, LayerStore, Options, Result,
 };
 use shipway_oci::Digest;
+use shipway_testkit::Dice;
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},

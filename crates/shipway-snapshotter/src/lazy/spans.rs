@@ -1,5 +1,5 @@
-//! Which files are beside a file, and which nearly every container reads: from a layer's image, when
-//! something of it is missed first or nothing is known of what will be read.
+//! Which files are beside a file, and which nearly every container reads: from a layer's image,
+//! when something of it is missed first or nothing is known of what will be read.
 
 use parking_lot::Mutex;
 use shipway_erofs::{BLOCK, Content, Nid, Reader};
@@ -18,8 +18,8 @@ const REMEMBERED: usize = 8;
 const MAX_IMAGE: u64 = 64 << 20;
 
 /// What nearly every container of a Linux distribution reads before its own program does anything,
-/// by how the names of the files begin: who its user is, where libraries are, the dynamic loader and
-/// the C library (of glibc before 2.34 and since, and of musl), a shell.
+/// by how the names of the files begin: who its user is, where libraries are, the dynamic loader
+/// and the C library (of glibc before 2.34 and since, and of musl), a shell.
 const FIRST: [&str; 12] = [
     "passwd",
     "group",
