@@ -3,7 +3,7 @@
 //! is looked for beside the image in its registry, where another machine may have put it; and where
 //! it is wanted, what was learned here is put there.
 
-use super::Lazy;
+use super::{Lazy, spans};
 use parking_lot::Mutex;
 use shipway_estargz::Landmark;
 use shipway_fault::{Fault, Result};
@@ -198,13 +198,16 @@ impl Lazy {
         match layer.landmark() {
             _ if !learned.is_empty() => self.fetcher.learned(number, learned),
             Some(Landmark::Prefetch { end }) => self.fetcher.landmark(number, end),
-            // Converters set that mark wherever no order was given to them.
-            Some(Landmark::NoPrefetch) | None => {
-                let first = self.neighbors.first(layer);
+            // Converters set that mark wherever no order was given to them. Of an ordinary layer
+            // each file costs a span of mebibytes. Without the manifest this is asked once more,
+            // when that is known.
+            Some(Landmark::NoPrefetch) | None if manifest.is_some() && !layer.is_plain() => {
+                let first = spans::first(layer);
                 if !first.is_empty() {
                     self.fetcher.likely(number, first);
                 }
             }
+            Some(Landmark::NoPrefetch) | None => {}
         }
     }
 

@@ -39,6 +39,8 @@ const FIRST_DEPTH: usize = 4;
 const FIRST_BLOCKS: u32 = (3 << 20) / BLOCK as u32;
 /// Most of them: a layer that has many files with such names is something else.
 const MAX_FIRST: usize = 24;
+/// A layer whose image is shorter, in bytes, has too few files for a system.
+const MIN_SYSTEM: u64 = 16 << 10;
 
 /// The files of a layer, by their first block.
 struct Files {
@@ -85,11 +87,6 @@ impl Neighbors {
         }
     }
 
-    /// The blocks of a layer that nearly every container of its image reads first.
-    pub fn first(&self, layer: &Layer) -> Vec<Range<u64>> {
-        self.files(layer).map(|files| files.first.clone()).unwrap_or_default()
-    }
-
     fn files(&self, layer: &Layer) -> Result<Arc<Files>> {
         let number = layer.number().0;
         let lock = || self.known.lock();
@@ -108,6 +105,15 @@ impl Neighbors {
         let mut known = self.known.lock();
         known.retain(|(n, _)| *n != number);
     }
+}
+
+/// The blocks of a layer that nearly every container of its image reads first. The layer is not
+/// remembered for that: most layers have none.
+pub fn first(layer: &Layer) -> Vec<Range<u64>> {
+    if layer.meta_bytes() < MIN_SYSTEM {
+        return Vec::new();
+    }
+    Files::of(layer).map(|files| files.first).unwrap_or_default()
 }
 
 impl Files {
