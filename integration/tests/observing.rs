@@ -220,11 +220,13 @@ fn little_stays_in_memory_with_a_hundred_layers_mounted() {
     let layers = status["lazy"]["layers"].as_array().unwrap();
     let served = layers.iter().filter(|layer| layer["mounted"] == "served").count();
     assert_eq!(served, LAYERS, "{status}");
-    let mounted = private();
-    let own = smaps(snapshotter, "Rss");
-    eprintln!("{idle} KiB idle, {mounted} KiB with {LAYERS} layers; the snapshotter is {own} KiB");
     assert!(idle <= 8 << 10, "{idle} KiB");
-    assert!(mounted <= 25 << 10, "{mounted} KiB");
+    // What a hundred tables of contents at once took goes back within some seconds.
+    wait_for("little to stay in memory", Duration::from_secs(40), || {
+        let (mounted, own) = (private(), smaps(snapshotter, "Rss"));
+        eprintln!("{idle} KiB idle, {mounted} KiB with {LAYERS} layers; resident {own} KiB");
+        if mounted <= 25 << 10 { Ok(()) } else { Err(format!("{mounted} KiB")) }
+    });
     for (pid, program) in &keepers {
         let rss = smaps(*pid, "Rss");
         eprintln!("{program}: {rss} KiB");
