@@ -1,12 +1,18 @@
 //! From an image to another with the same files.
 
-use crate::{Bytes, Input, LayerTarget, Packing, Progress, Source};
+use crate::{
+    Bytes, Input, LayerTarget, Packing, Progress, Source,
+    image::{
+        check_layers, children, copy_blobs, follow, index_of, instead, is_image, manifest_of,
+        parse, retain_platforms,
+    },
+};
 use futures::{StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
 use parking_lot::Mutex;
 use serde_json::Value;
 use shipway_archive::{Compression, CompressionKind};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, DiffId, Digest, Index, Manifest, Platform, media, soci};
+use shipway_oci::{Descriptor, DiffId, Digest, Manifest, Platform, media, soci};
 use std::{collections::HashMap, sync::Arc};
 use tokio::sync::OnceCell;
 
@@ -14,11 +20,6 @@ use tokio::sync::OnceCell;
 const PARALLEL: usize = 2;
 /// How deep indexes may lie in each other.
 const MAX_DEPTH: usize = 4;
-/// Most entries of an index, and most layers of an image.
-pub(crate) const MAX_ENTRIES: usize = 1000;
-/// On an entry of an index: the image that it is about (row `at.store`).
-pub(crate) const ABOUT: &str = "vnd.docker.reference.digest";
-
 /// What is wanted.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -79,24 +80,9 @@ struct Conversion<'a> {
     layers: Mutex<HashMap<Digest, Arc<OnceCell<Layer>>>>,
 }
 
-pub(crate) fn parse<T: serde::de::DeserializeOwned>(
-    bytes: &[u8],
-    what: &str,
-    digest: Digest,
-) -> Result<T> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Fault::invalid(format!("the {what} {digest} cannot be read: {e}")))
-}
-
 fn json(value: &impl serde::Serialize) -> Result<Bytes> {
     let encoded = serde_json::to_vec(value);
     encoded.map(Bytes::from).map_err(|e| Fault::internal(format!("encode a manifest: {e}")))
-}
-
-/// The descriptor of `bytes` in the place of `old`, with what that says of them.
-pub(crate) fn instead(old: &Descriptor, media_type: &str, bytes: &[u8]) -> Descriptor {
-    let Descriptor { digest, size, .. } = Descriptor::of(media_type, bytes);
-    Descriptor { media_type: media_type.to_owned(), digest, size, data: None, ..old.clone() }
 }
 
 impl Conversion<'_> {
@@ -120,10 +106,7 @@ impl Conversion<'_> {
                 )));
             }
             let bytes = self.source.manifest(entry).await?;
-            let manifest: Manifest = parse(&bytes, "manifest", entry.digest)?;
-            if manifest.layers.len() > MAX_ENTRIES {
-                return Err(Fault::invalid(format!("an image has more than {MAX_ENTRIES} layers")));
-            }
+            let manifest = manifest_of(&bytes, entry.digest)?;
             let what = || match &entry.platform {
                 Some(platform) => format!("convert the image for {platform}"),
                 None => format!("convert the image {}", entry.digest),
@@ -134,40 +117,16 @@ impl Conversion<'_> {
 
     async fn index(&self, old: &Descriptor, depth: usize) -> Result<Descriptor> {
         let bytes = self.source.manifest(old).await?;
-        let mut index: Index = parse(&bytes, "index", old.digest)?;
-        if index.manifests.len() > MAX_ENTRIES {
-            return Err(Fault::invalid(format!("an index has more than {MAX_ENTRIES} entries")));
-        }
-        let about = |entry: &Descriptor| entry.annotations.get(ABOUT)?.parse::<Digest>().ok();
+        let mut index = index_of(&bytes, old.digest)?;
         let all = index.manifests.clone();
-        let is_wanted = |entry: &Descriptor| {
-            let rank = |wanted: &Platform| entry.platform.as_ref()?.rank_for(wanted);
-            let platforms = &self.options.platforms;
-            platforms.is_empty() || platforms.iter().any(|wanted| rank(wanted).is_some())
-        };
-        index.manifests.retain(|entry| match about(entry) {
-            Some(image) => all.iter().any(|e| e.digest == image && is_wanted(e)),
-            None => is_wanted(entry),
-        });
-        if index.manifests.is_empty() {
-            let has: Vec<String> =
-                all.iter().filter_map(|e| Some(e.platform.as_ref()?.to_string())).collect();
-            return Err(Fault::not_found("the image has none of the platforms that are wanted")
-                .with_class(Class::User)
-                .hint(format!("it has {}", has.join(", "))));
-        }
+        retain_platforms(&mut index, &self.options.platforms)?;
         let mut new: HashMap<Digest, Digest> = HashMap::new();
         for entry in &mut index.manifests {
             let made = self.entry(entry, depth).await?;
             new.insert(entry.digest, made.digest);
             *entry = made;
         }
-        // What is said of an image is said of it still.
-        for entry in &mut index.manifests {
-            if let Some(image) = about(entry).and_then(|image| new.get(&image)) {
-                entry.annotations.insert(ABOUT.to_owned(), image.to_string());
-            }
-        }
+        follow(&mut index, &new);
         // SOCI indexes of layers that are not there any more.
         index.manifests.retain(|entry| {
             let about = entry.annotations.get(soci::IMAGE_DIGEST);
@@ -193,24 +152,14 @@ impl Conversion<'_> {
         bytes: Bytes,
         mut manifest: Manifest,
     ) -> Result<Descriptor> {
-        let is_image = [media::OCI_CONFIG, media::DOCKER_CONFIG]
-            .contains(&&*manifest.config.media_type)
-            && manifest.artifact_type.is_none()
-            && !old.annotations.contains_key(ABOUT);
-        if !is_image {
+        if !is_image(old, &manifest) {
             return self.copied(old, bytes, &manifest).await;
         }
         let text = self.source.config(&manifest.config).await?;
         let mut config: Value = parse(&text, "config", manifest.config.digest)?;
         let diff_ids: Vec<DiffId> = serde_json::from_value(config["rootfs"]["diff_ids"].clone())
             .map_err(|e| Fault::invalid(format!("the config has no digests of its layers: {e}")))?;
-        if diff_ids.len() != manifest.layers.len() {
-            return Err(Fault::invalid(format!(
-                "the manifest has {} layers, and the config {}",
-                manifest.layers.len(),
-                diff_ids.len()
-            )));
-        }
+        check_layers(&manifest, &diff_ids)?;
         if !manifest.layers.iter().any(|layer| self.source_kind(layer).is_some()) {
             return self.copied(old, bytes, &manifest).await;
         }
@@ -244,11 +193,7 @@ impl Conversion<'_> {
         bytes: Bytes,
         manifest: &Manifest,
     ) -> Result<Descriptor> {
-        let kept = |layer: &&Descriptor| !media::is_foreign(&layer.media_type);
-        for blob in manifest.layers.iter().filter(kept) {
-            self.target.copy(blob, &self.source, &self.progress).await?;
-        }
-        self.target.copy(&manifest.config, &self.source, &self.progress).await?;
+        copy_blobs(&*self.target, &self.source, manifest, &self.progress).await?;
         self.target.manifest(descriptor, bytes, &children(manifest)).await?;
         Ok(descriptor.clone())
     }
@@ -300,9 +245,4 @@ impl Conversion<'_> {
             packed.indexed.as_ref().map(|i| i.annotations.clone()).unwrap_or_default();
         Ok(Layer { descriptor, diff_id: packed.diff_id(), before: layer.size })
     }
-}
-
-/// What a manifest keeps.
-pub(crate) fn children(manifest: &Manifest) -> Vec<Digest> {
-    std::iter::once(&manifest.config).chain(&manifest.layers).map(|d| d.digest).collect()
 }

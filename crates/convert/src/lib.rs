@@ -14,6 +14,7 @@
 //! know the digest before it takes the last byte, and may want all of it once more.
 
 mod convert;
+mod image;
 mod place;
 mod remote;
 mod soci;

@@ -6,7 +6,10 @@
 
 use crate::{
     Bytes, Input, Progress, Source, Target,
-    convert::{ABOUT, MAX_ENTRIES, children, instead, parse},
+    image::{
+        check_layers, children, copy_blobs, follow, index_of, instead, is_image, manifest_of,
+        parse, retain_platforms,
+    },
 };
 use bytes::Buf as _;
 use futures::{StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
@@ -82,12 +85,7 @@ pub async fn with_soci(
         indexes.extend(soci);
         *entry = made;
     }
-    for entry in &mut index.manifests {
-        let about = entry.annotations.get(ABOUT).and_then(|about| about.parse::<Digest>().ok());
-        if let Some(image) = about.and_then(|image| new.get(&image)) {
-            entry.annotations.insert(ABOUT.to_owned(), image.to_string());
-        }
-    }
+    follow(&mut index, &new);
     let (mut layers, mut size, mut skipped) = (0, 0, BTreeMap::new());
     for (digest, layer) in &*work.layers.lock() {
         match layer.get() {
@@ -152,31 +150,9 @@ impl Work<'_> {
             });
         }
         let bytes = self.source.manifest(root).await?;
-        let mut index: Index = parse(&bytes, "index", root.digest)?;
-        if index.manifests.len() > MAX_ENTRIES {
-            return Err(Fault::invalid(format!("an index has more than {MAX_ENTRIES} entries")));
-        }
+        let mut index = index_of(&bytes, root.digest)?;
         index.manifests.retain(|entry| !soci::is_index(entry));
-        let all = index.manifests.clone();
-        let wanted = &self.options.platforms;
-        let is_wanted = |entry: &Descriptor| {
-            let rank = |wanted: &Platform| entry.platform.as_ref()?.rank_for(wanted);
-            wanted.is_empty() || wanted.iter().any(|wanted| rank(wanted).is_some())
-        };
-        index.manifests.retain(|entry| {
-            let about = entry.annotations.get(ABOUT).and_then(|about| about.parse::<Digest>().ok());
-            match about {
-                Some(image) => all.iter().any(|e| e.digest == image && is_wanted(e)),
-                None => is_wanted(entry),
-            }
-        });
-        if index.manifests.is_empty() {
-            let has: Vec<String> =
-                all.iter().filter_map(|e| Some(e.platform.as_ref()?.to_string())).collect();
-            return Err(Fault::not_found("the image has none of the platforms that are wanted")
-                .with_class(Class::User)
-                .hint(format!("it has {}", has.join(", "))));
-        }
+        retain_platforms(&mut index, &self.options.platforms)?;
         Ok(index)
     }
 
@@ -198,20 +174,9 @@ impl Work<'_> {
             )));
         }
         let bytes = self.source.manifest(old).await?;
-        let mut manifest: Manifest = parse(&bytes, "manifest", old.digest)?;
-        if manifest.layers.len() > MAX_ENTRIES {
-            return Err(Fault::invalid(format!("an image has more than {MAX_ENTRIES} layers")));
-        }
-        let kept = |layer: &&Descriptor| !media::is_foreign(&layer.media_type);
-        for blob in manifest.layers.iter().filter(kept) {
-            self.target.copy(blob, &self.source, &self.progress).await?;
-        }
-        self.target.copy(&manifest.config, &self.source, &self.progress).await?;
-        let is_image = [media::OCI_CONFIG, media::DOCKER_CONFIG]
-            .contains(&&*manifest.config.media_type)
-            && manifest.artifact_type.is_none()
-            && !old.annotations.contains_key(ABOUT);
-        if !is_image {
+        let mut manifest = manifest_of(&bytes, old.digest)?;
+        copy_blobs(&*self.target, &self.source, &manifest, &self.progress).await?;
+        if !is_image(old, &manifest) {
             self.target.manifest(old, bytes, &children(&manifest)).await?;
             return Ok((old.clone(), None));
         }
@@ -248,13 +213,7 @@ impl Work<'_> {
         manifest: &Manifest,
         diff_ids: &[DiffId],
     ) -> Result<Option<Descriptor>> {
-        if diff_ids.len() != manifest.layers.len() {
-            return Err(Fault::invalid(format!(
-                "the manifest has {} layers, and the config {}",
-                manifest.layers.len(),
-                diff_ids.len()
-            )));
-        }
+        check_layers(manifest, diff_ids)?;
         let work = manifest.layers.iter().zip(diff_ids).map(|(layer, diff_id)| async move {
             let once = self.layers.lock().entry(layer.digest).or_default().clone();
             let made = once.get_or_try_init(|| self.layer(layer, *diff_id)).await;

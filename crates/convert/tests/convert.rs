@@ -3,124 +3,32 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use bytes::Bytes;
+use common::{ABOUT, Lab};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use shipway_archive::{Compression, CompressionKind, Dialect, LayerTree, pack, recompress};
+use shipway_archive::{Compression, CompressionKind, Dialect, recompress};
 use shipway_convert::{Converted, First, Options, Packing, Source, Step, Stored, convert};
 use shipway_fault::Result;
-use shipway_oci::{Descriptor, Digest, Index, Manifest, Platform, media};
-use shipway_storage::{GC_FLAT, Labels, LeaseId, Storage, fake::FakeStorage};
+use shipway_oci::{Descriptor, Digest, Index, Manifest, media};
+use shipway_storage::Labels;
 use std::{fs, sync::Arc};
 
-struct Lab {
-    fake: FakeStorage,
-    lease: LeaseId,
-}
-
-const ABOUT: &str = "vnd.docker.reference.digest";
 const TOC: &str = "containerd.io/snapshot/stargz/toc.digest";
 
 impl Lab {
-    async fn new() -> Self {
-        let (fake, lease) = (FakeStorage::new().unwrap(), LeaseId("test".into()));
-        let flat = Labels::from([(GC_FLAT.to_owned(), "true".to_owned())]);
-        fake.storage().leases.create(&lease, &flat).await.unwrap();
-        Self { fake, lease }
-    }
-
-    fn storage(&self) -> Storage {
-        self.fake.storage()
-    }
-
-    async fn put(&self, media_type: &str, bytes: Vec<u8>) -> Descriptor {
-        let descriptor = Descriptor::of(media_type, &bytes);
-        self.storage().content.put(&self.lease, bytes.into(), &Labels::new()).await.unwrap();
-        descriptor
-    }
-
-    async fn json(&self, media_type: &str, value: &impl serde::Serialize) -> Descriptor {
-        self.put(media_type, serde_json::to_vec(value).unwrap()).await
-    }
-
     /// A layer with one file, and its diffID.
     async fn layer(&self, text: &str, kind: CompressionKind) -> (Descriptor, Digest) {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), text.repeat(5000)).unwrap();
-        let tree = LayerTree::whole(dir.path()).at(Some(1_000_000_000));
-        let mut blob = Vec::new();
-        let compression = Compression { kind, ..Compression::default() };
-        let packed = pack(&tree, compression, None, None, &mut |bytes| {
-            blob.extend_from_slice(&bytes);
-            Ok(())
-        })
-        .unwrap();
-        (self.put(kind.media_type(), blob).await, packed.tar.diff_id.0)
-    }
-
-    async fn image(&self, platform: &str, layers: &[(Descriptor, Digest)]) -> Descriptor {
-        let platform: Platform = platform.parse().unwrap();
-        let diff_ids: Vec<String> = layers.iter().map(|(_, id)| id.to_string()).collect();
-        let config = json!({
-            "architecture": platform.architecture,
-            "os": platform.os,
-            "unknown": {"kept": [1, 2]},
-            "rootfs": {"type": "layers", "diff_ids": diff_ids},
-        });
-        let manifest = Manifest {
-            schema_version: 2,
-            media_type: Some(media::DOCKER_MANIFEST.into()),
-            artifact_type: None,
-            config: self.json(media::DOCKER_CONFIG, &config).await,
-            layers: layers.iter().map(|(layer, _)| layer.clone()).collect(),
-            subject: None,
-            annotations: [("k".to_owned(), "v".to_owned())].into(),
-        };
-        let descriptor = self.json(media::DOCKER_MANIFEST, &manifest).await;
-        Descriptor { platform: Some(platform), ..descriptor }
-    }
-
-    async fn index(&self, manifests: Vec<Descriptor>) -> Descriptor {
-        let index = Index {
-            schema_version: 2,
-            media_type: Some(media::DOCKER_LIST.into()),
-            manifests,
-            annotations: Default::default(),
-        };
-        self.json(media::DOCKER_LIST, &index).await
-    }
-
-    async fn attestation(&self, about: &Descriptor) -> Descriptor {
-        let manifest = Manifest {
-            schema_version: 2,
-            media_type: Some(media::OCI_MANIFEST.into()),
-            artifact_type: None,
-            config: self.json(media::OCI_CONFIG, &json!({"os": "unknown"})).await,
-            layers: vec![self.put(media::IN_TOTO, b"{}".to_vec()).await],
-            subject: None,
-            annotations: Default::default(),
-        };
-        let mut descriptor = self.json(media::OCI_MANIFEST, &manifest).await;
-        descriptor.platform = Some(Platform::new("unknown", "unknown", ""));
-        descriptor.annotations = [
-            ("vnd.docker.reference.type".to_owned(), "attestation-manifest".to_owned()),
-            (ABOUT.to_owned(), about.digest.to_string()),
-        ]
-        .into();
-        descriptor
-    }
-
-    async fn read<T: serde::de::DeserializeOwned>(&self, descriptor: &Descriptor) -> T {
-        let bytes = self.storage().content.read_all(descriptor.digest, 4 << 20).await.unwrap();
-        assert_eq!(bytes.len() as u64, descriptor.size);
-        serde_json::from_slice(&bytes).unwrap()
+        self.packed(dir.path(), kind).await
     }
 
     /// Converts the image `old` in this store to one in `to`.
     async fn convert(&self, old: &Descriptor, to: &Self, options: &Options) -> Result<Converted> {
-        self.storage().images.put("old", old, &Labels::new()).await.unwrap();
-        let source = Arc::new(Stored::new(self.storage(), "old".into()));
-        let target = Arc::new(Stored::new(to.storage(), "new".into()));
+        let (source, target) = self.ends(old, to).await;
         convert(source, target, options, Arc::new(|_| {})).await
     }
 }
