@@ -5,27 +5,24 @@
 
 mod common;
 
-use common::{model::Dice, *};
+use common::{
+    blob::{Blob, gzip},
+    model::Dice,
+    *,
+};
 use shipway_archive::{Member, TarReader};
 use shipway_estargz::{Codec, TarEntry};
 use shipway_layerstore::{ChunkId, Error, Indexed, Layer, LayerKey, LayerStore, State};
 use shipway_oci::{DiffId, Digest};
 use shipway_plainlayer::{Scanner, ZtocEntry};
-use std::{fs, io::Write as _, ops::Range, sync::Arc};
+use std::{fs, sync::Arc};
 
 /// An ordinary layer with an index, and what is in it.
 struct Ordinary {
-    bytes: Vec<u8>,
+    blob: Blob,
     diff_id: DiffId,
     ztoc: Vec<u8>,
     index: Indexed,
-    data: Vec<u8>,
-}
-
-fn gzip(level: u32, tar: &[u8]) -> Vec<u8> {
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
-    gzip.write_all(tar).unwrap();
-    gzip.finish().unwrap()
 }
 
 /// The zTOC of a blob, after `change` had its way with what it says.
@@ -61,7 +58,8 @@ fn ordinary(seed: u64, count: usize) -> Ordinary {
     let index = Indexed::read(&ztoc, Digest::of(&bytes), bytes.len() as u64, diff_id).unwrap();
     // The same places as of any other layer with these files.
     let plain = shipway_layerstore::Plain::read(Codec::Gzip, &bytes[..]).unwrap();
-    Ordinary { data: data_of(&ops, plain.toc()), bytes, diff_id, ztoc, index }
+    let blob = Blob { data: data_of(&ops, plain.toc()), bytes };
+    Ordinary { blob, diff_id, ztoc, index }
 }
 
 impl Ordinary {
@@ -83,36 +81,13 @@ impl Ordinary {
         let layer = store.create_indexed(&index, "registry.test/name").unwrap();
         (directory, store, layer)
     }
+}
 
-    fn all(&self) -> Range<u64> {
-        0..self.data.len() as u64 / 4096
-    }
+impl std::ops::Deref for Ordinary {
+    type Target = Blob;
 
-    /// Fetches what is missing of some blocks; in how many pieces.
-    fn fetch(&self, layer: &Layer, blocks: Range<u64>) -> Result<usize, Error> {
-        drop(layer.verify_blocks(blocks.clone())?);
-        let mut fetched = 0;
-        for extent in layer.extents(blocks)?.collect::<Result<Vec<_>, _>>()? {
-            let bytes = &self.bytes[extent.offset as usize..extent.end() as usize];
-            for frame in &extent.frames {
-                layer.write_frame(frame, extent.bytes_of(frame, bytes), drop)?;
-                fetched += 1;
-            }
-        }
-        Ok(fetched)
-    }
-
-    /// Whatever is good is right.
-    #[track_caller]
-    fn check(&self, layer: &Layer) -> Vec<Range<u64>> {
-        use std::os::unix::fs::FileExt as _;
-        let (good, data) = (layer.good().unwrap(), layer.data().unwrap());
-        for blocks in good.ranges() {
-            let mut found = vec![1; ((blocks.end - blocks.start) * 4096) as usize];
-            data.read_exact_at(&mut found, blocks.start * 4096).unwrap();
-            assert!(found == self.data[blocks.start as usize * 4096..blocks.end as usize * 4096]);
-        }
-        good.ranges().to_vec()
+    fn deref(&self) -> &Blob {
+        &self.blob
     }
 }
 
@@ -198,33 +173,8 @@ fn wrong_bytes_of_a_span_are_never_stored() {
 #[test]
 fn a_blob_that_is_right_makes_an_indexed_layer_whole() {
     for seed in 1..=15 {
-        let mut dice = Dice::new(seed);
         let layer = ordinary(seed, 60);
-        let (directory, store, stored) = layer.fresh();
-        // Some of it was fetched before.
-        let part = dice.next() % (layer.all().end + 1);
-        layer.fetch(&stored, 0..part).unwrap();
-        // Wrong bytes are no verdict.
-        let mut flipped = layer.bytes.clone();
-        let at = dice.below(flipped.len());
-        flipped[at] ^= 1 << dice.below(8);
-        for wrong in [&flipped[..], &layer.bytes[..at], &[&layer.bytes[..], b"x"].concat()] {
-            let refused = stored.finish_plain(wrong, &mut drop);
-            assert!(matches!(refused, Err(Error::Blob { .. })), "{refused:?}");
-            assert_eq!(stored.state(), State::Lazy);
-            layer.check(&stored);
-        }
-        let dead = stored.finish_plain(Cut(&layer.bytes[..at]), &mut drop);
-        assert!(matches!(dead, Err(Error::Io { .. })), "{dead:?}");
-        stored.finish_plain(&layer.bytes[..], &mut drop).unwrap();
-        assert_eq!(stored.state(), State::Whole);
-        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
-        // It is believed after the next boot.
-        drop((stored, store));
-        let store = LayerStore::open(directory.path(), options("boot 2")).unwrap();
-        let stored = store.find(&layer.index.key()).unwrap();
-        assert_eq!(stored.state(), State::Whole);
-        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
+        layer.makes_whole(&layer.index.key(), layer.fresh(), seed);
     }
 }
 

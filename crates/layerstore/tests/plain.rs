@@ -6,27 +6,24 @@ mod common;
 #[path = "../../erofs/tests/common/mounted.rs"]
 mod mounted;
 
-use common::{model::Dice, *};
+use common::{
+    blob::{Blob, gzip},
+    model::Dice,
+    *,
+};
 use mounted::compare;
 use shipway_estargz::{Codec, Record};
 use shipway_layerstore::{Error, Layer, LayerKey, LayerStore, Options, Plain, State, Use};
 use shipway_oci::{DiffId, Digest};
 use shipway_plainlayer::MAX_SPAN;
-use std::{fs, io::Write as _, ops::Range, sync::Arc};
+use std::{fs, sync::Arc};
 
 /// An ordinary layer, and what is in it.
 struct Ordinary {
     codec: Codec,
-    bytes: Vec<u8>,
+    blob: Blob,
     plain: Plain,
-    data: Vec<u8>,
     records: Vec<Record>,
-}
-
-fn gzip(level: u32, tar: &[u8]) -> Vec<u8> {
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
-    gzip.write_all(tar).unwrap();
-    gzip.finish().unwrap()
 }
 
 /// A tar of entries in one gzip member, several of them, or several zstd frames.
@@ -48,7 +45,8 @@ fn ordinary(seed: u64, ops: &[model::Op]) -> Ordinary {
     let plain = Plain::with_spans_of(20_000, codec, &bytes[..]).unwrap();
     assert_eq!((plain.digest(), plain.diff_id()), (Digest::of(&bytes), DiffId(Digest::of(&tar))));
     let records = plain.toc().records().collect();
-    Ordinary { codec, data: data_of(ops, plain.toc()), records, plain, bytes }
+    let blob = Blob { data: data_of(ops, plain.toc()), bytes };
+    Ordinary { codec, blob, records, plain }
 }
 
 impl Ordinary {
@@ -67,34 +65,13 @@ impl Ordinary {
     fn key(&self) -> LayerKey {
         LayerKey::plain(Digest::of(&self.bytes))
     }
+}
 
-    fn all(&self) -> Range<u64> {
-        0..self.data.len() as u64 / 4096
-    }
+impl std::ops::Deref for Ordinary {
+    type Target = Blob;
 
-    /// Fetches what is missing of some blocks.
-    fn fetch(&self, layer: &Layer, blocks: Range<u64>) -> Result<(), Error> {
-        drop(layer.verify_blocks(blocks.clone())?);
-        for extent in layer.extents(blocks)?.collect::<Result<Vec<_>, _>>()? {
-            let bytes = &self.bytes[extent.offset as usize..extent.end() as usize];
-            for frame in &extent.frames {
-                layer.write_frame(frame, extent.bytes_of(frame, bytes), drop)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whatever is good is right.
-    #[track_caller]
-    fn check(&self, layer: &Layer) -> Vec<Range<u64>> {
-        use std::os::unix::fs::FileExt as _;
-        let (good, data) = (layer.good().unwrap(), layer.data().unwrap());
-        for blocks in good.ranges() {
-            let mut found = vec![1; ((blocks.end - blocks.start) * 4096) as usize];
-            data.read_exact_at(&mut found, blocks.start * 4096).unwrap();
-            assert!(found == self.data[blocks.start as usize * 4096..blocks.end as usize * 4096]);
-        }
-        good.ranges().to_vec()
+    fn deref(&self) -> &Blob {
+        &self.blob
     }
 }
 
@@ -159,33 +136,8 @@ fn a_mounted_layer_is_what_unpacking_gives() {
 #[test]
 fn a_blob_that_is_right_makes_a_plain_layer_whole() {
     for seed in 1..=15 {
-        let mut dice = Dice::new(seed);
         let layer = ordinary(seed, &random_ops(seed, 60));
-        let (directory, store, stored) = layer.fresh();
-        // Some of it was fetched before.
-        let part = dice.next() % (layer.all().end + 1);
-        layer.fetch(&stored, 0..part).unwrap();
-        // Wrong bytes are no verdict.
-        let mut flipped = layer.bytes.clone();
-        let at = dice.below(flipped.len());
-        flipped[at] ^= 1 << dice.below(8);
-        for wrong in [&flipped[..], &layer.bytes[..at], &[&layer.bytes[..], b"x"].concat()] {
-            let refused = stored.finish_plain(wrong, &mut drop);
-            assert!(matches!(refused, Err(Error::Blob { .. })), "{refused:?}");
-            assert_eq!(stored.state(), State::Lazy);
-            layer.check(&stored);
-        }
-        let dead = stored.finish_plain(Cut(&layer.bytes[..at]), &mut drop);
-        assert!(matches!(dead, Err(Error::Io { .. })), "{dead:?}");
-        stored.finish_plain(&layer.bytes[..], &mut drop).unwrap();
-        assert_eq!(stored.state(), State::Whole);
-        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
-        // It is believed after the next boot.
-        drop((stored, store));
-        let store = LayerStore::open(directory.path(), options("boot 2")).unwrap();
-        let stored = store.find(&layer.key()).unwrap();
-        assert_eq!(stored.state(), State::Whole);
-        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
+        layer.makes_whole(&layer.key(), layer.fresh(), seed);
     }
 }
 

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod blob;
 #[path = "../../../erofs/tests/common/mod.rs"]
 pub mod model;
 
