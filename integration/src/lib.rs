@@ -195,6 +195,23 @@ pub fn remove_everything(lab: &Lab) {
     collect_garbage(lab);
 }
 
+/// Ends the daemon, which then leaves nothing at all.
+#[track_caller]
+pub fn nothing_left_at_the_end(lab: &mut Lab) {
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    let left = lab.leftovers();
+    assert!(left.is_empty(), "{left:#?}");
+}
+
+/// Within `time` no container is there but those that keep shims warm.
+#[track_caller]
+pub fn containers_go(lab: &Lab, time: Duration) {
+    wait_for("the container to go", time, || {
+        let left = lab.leftovers().containers;
+        if left.iter().all(|c| c.ends_with("-keeper")) { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+}
+
 /// Nothing is left in containerd or around it: at once of what was stored, within half a minute of
 /// what was kept warm.
 #[track_caller]

@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{any, build, ctr_run, nothing_left, remove_everything};
+use shipway_integration::{
+    any, build, ctr_run, nothing_left, nothing_left_at_the_end, remove_everything,
+};
 use shipway_testkit::{Lab, wait_for};
 use std::{
     path::Path,
@@ -100,9 +102,7 @@ fn twenty_times_the_daemon_is_killed() {
     });
     remove_everything(&lab);
     nothing_left(&lab);
-    assert!(lab.stop_daemon(), "the daemon had to be killed");
-    let left = lab.leftovers();
-    assert!(left.is_empty(), "{left:#?}");
+    nothing_left_at_the_end(&mut lab);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use parking_lot::Mutex;
-use shipway_integration::{any, nothing_left, remove_everything};
+use shipway_integration::{any, containers_go, nothing_left, remove_everything};
 use shipway_testkit::{Finished, Lab, wait_for};
 use std::{
     io::{Read as _, Write as _},
@@ -308,13 +308,7 @@ fn a_client_that_is_killed_in_a_step_leaves_nothing() {
     talk.hear("here 2");
     talk.child.kill().unwrap();
     talk.child.wait().unwrap();
-    wait_for("the container to go", Duration::from_secs(30), || {
-        let left = lab.leftovers().containers;
-        match left.iter().all(|c| c.ends_with("-keeper")) {
-            true => Ok(()),
-            false => Err(format!("{left:?}")),
-        }
-    });
+    containers_go(&lab, Duration::from_secs(30));
     remove_everything(&lab);
     nothing_left(&lab);
 }

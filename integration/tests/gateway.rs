@@ -6,7 +6,7 @@
 use prost::Message as _;
 use shipway_fault::Detail;
 use shipway_grpc::fault_of;
-use shipway_integration::{any, build_text, on_each};
+use shipway_integration::{any, build_text, containers_go, on_each};
 use shipway_llb::{
     Definition, ExecDraft, FileDraft, FileMkfile, MarshalOptions, State, VertexOptions,
 };
@@ -19,7 +19,7 @@ use shipway_proto::{
     },
     pb,
 };
-use shipway_testkit::{Lab, LabOptions, wait_for};
+use shipway_testkit::{Lab, LabOptions};
 use std::{collections::BTreeMap, time::Duration};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -265,10 +265,7 @@ fn a_failed_step_can_be_entered() {
         })
         .unwrap();
     // Nothing stays of the container.
-    wait_for("the container to go", Duration::from_secs(20), || {
-        let left = lab.leftovers().containers;
-        if left.iter().all(|c| c.ends_with("-keeper")) { Ok(()) } else { Err(format!("{left:?}")) }
-    });
+    containers_go(&lab, Duration::from_secs(20));
 }
 
 #[test]

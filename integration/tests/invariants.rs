@@ -2,8 +2,8 @@
 //! needed, other people's labels lost, anything left after a prune.
 
 use shipway_integration::{
-    Image, build, build_text, collect_garbage, ctr_run, nothing_left, on_each, remove_everything,
-    snapshots,
+    Image, build, build_text, collect_garbage, ctr_run, nothing_left, nothing_left_at_the_end,
+    on_each, remove_everything, snapshots,
 };
 use shipway_testkit::Lab;
 use std::collections::BTreeSet;
@@ -116,7 +116,5 @@ fn the_daemon_leaves_nothing_when_it_ends() {
     let mut lab = Lab::complete(shipway_integration::any());
     build_text(&lab, "end:1", "FROM busybox\nRUN echo 1 > /1\n").ok();
     remove_everything(&lab);
-    assert!(lab.stop_daemon(), "the daemon had to be killed");
-    let left = lab.leftovers();
-    assert!(left.is_empty(), "{left:#?}");
+    nothing_left_at_the_end(&mut lab);
 }

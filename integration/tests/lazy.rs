@@ -12,11 +12,15 @@ use shipway_integration::{
     on_all, on_each,
 };
 use shipway_testkit::{
-    BaseImage, Flavour, Lab, LabOptions, Layer, Network, SlowNetwork, run, wait_for, which,
+    BaseImage, FaultyRegistry, Flavour, Lab, LabOptions, Layer, Network, RegistryFault,
+    SlowNetwork, run, wait_for, which,
 };
 use std::{
     fmt::Write as _,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -92,6 +96,23 @@ pub fn all() -> (String, String) {
         writeln!(want, "{}  /data/{n}", sum(n)).unwrap();
     }
     (format!("for n in $(seq 0 {}); do sha256sum /data/$n; done", FILES - 1), want)
+}
+
+/// Wrong bytes of a registry are asked for again: of the image `name` of that of `lab`, pulled
+/// after `before` had its way with it.
+#[track_caller]
+pub fn wrong_bytes_are_asked_for_again(lab: &Lab, name: &str, before: impl FnOnce(&str)) {
+    let wrong = Arc::new(AtomicU32::new(0));
+    let fault = RegistryFault::CorruptSome(wrong.clone());
+    let registry = FaultyRegistry::start(&lab.registry(), "/blobs/", fault);
+    let image = format!("{}/{name}:1", registry.address());
+    before(&image);
+    pull(lab, &image);
+    wrong.store(2, Ordering::Relaxed);
+    let (script, want) = all();
+    assert_eq!(lab.ctr(words(&image, &script)).ok().stdout, want);
+    assert_eq!(wrong.load(Ordering::Relaxed), 0);
+    assert!(status(lab)["lazy"]["totals"]["wrong"].as_u64().unwrap() >= 1, "{}", status(lab));
 }
 
 pub const FAST: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };

@@ -4,7 +4,9 @@
 
 use crate::drain::{Gate, answer, open};
 use rustix::process::Signal;
-use shipway_integration::{any, build, ctr_run, nothing_left, on_each, remove_everything};
+use shipway_integration::{
+    any, build, ctr_run, nothing_left, nothing_left_at_the_end, on_each, remove_everything,
+};
 use shipway_testkit::{BaseImage, Flavour, Lab, wait_for};
 use std::{
     path::{Path, PathBuf},
@@ -253,9 +255,7 @@ fn a_daemon_that_is_upgraded_leaves_steps_but_those_that_hang_on_it() {
     assert_eq!(result(&lab, &context, &["--secret", &secret]).1, "x\n");
     remove_everything(&lab);
     nothing_left(&lab);
-    assert!(lab.stop_daemon(), "the daemon had to be killed");
-    let left = lab.leftovers();
-    assert!(left.is_empty(), "{left:#?}");
+    nothing_left_at_the_end(&mut lab);
 }
 
 #[test]

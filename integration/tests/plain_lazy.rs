@@ -5,7 +5,7 @@
 
 use crate::lazy::{
     EVERYTHING, FAST, FILES, SLOW, all, blobs, lab, pull, reads_survive_kills, status, sum,
-    until_whole, words,
+    until_whole, words, wrong_bytes_are_asked_for_again,
 };
 use serde_json::Value;
 use shipway_integration::{
@@ -13,18 +13,8 @@ use shipway_integration::{
     lazy::{noise, tar_of},
     on_all, on_each,
 };
-use shipway_testkit::{
-    BaseImage, FaultyRegistry, Lab, Layer, RegistryFault, SlowNetwork, run, wait_for,
-};
-use std::{
-    path::Path,
-    process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
+use shipway_testkit::{BaseImage, Lab, Layer, SlowNetwork, run, wait_for};
+use std::{path::Path, process::Command, time::Duration};
 
 const SIZE: usize = 1 << 20;
 /// Bytes of the large layer that cannot be compressed away.
@@ -323,17 +313,7 @@ fn what_is_damaged_is_thrown_away_and_made_again() {
 fn wrong_bytes_of_a_registry_are_asked_for_again() {
     let lab = lab(any(), "background = false\n");
     image().push(&lab.registry(), "plain", "1");
-    let wrong = Arc::new(AtomicU32::new(0));
-    let fault = RegistryFault::CorruptSome(wrong.clone());
-    let registry = FaultyRegistry::start(&lab.registry(), "/blobs/", fault);
-    let image = format!("{}/plain:1", registry.address());
-    unpacked_once(&lab, &image, 2);
-    pull(&lab, &image);
-    wrong.store(2, Ordering::Relaxed);
-    let (script, want) = all();
-    assert_eq!(lab.ctr(words(&image, &script)).ok().stdout, want);
-    assert_eq!(wrong.load(Ordering::Relaxed), 0);
-    assert!(status(&lab)["lazy"]["totals"]["wrong"].as_u64().unwrap() >= 1, "{}", status(&lab));
+    wrong_bytes_are_asked_for_again(&lab, "plain", |image| drop(unpacked_once(&lab, image, 2)));
 }
 
 #[test]

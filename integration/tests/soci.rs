@@ -4,22 +4,16 @@
 
 use crate::{
     lazy::{
-        EVERYTHING, FAST, FILES, SLOW, all, lab, pull, reads_survive_kills, status, sum,
-        until_whole, words,
+        EVERYTHING, FAST, FILES, SLOW, lab, pull, reads_survive_kills, status, sum, until_whole,
+        words, wrong_bytes_are_asked_for_again,
     },
     plain_lazy::{LARGE, image, layers, remove},
 };
 use serde_json::{Value, json};
 use shipway_integration::{any, on_all, on_each};
 use shipway_oci::{Descriptor, Digest, Index, Manifest, media, soci};
-use shipway_testkit::{FaultyRegistry, Lab, RegistryFault, SlowNetwork, run, wait_for};
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
+use shipway_testkit::{Lab, SlowNetwork, run, wait_for};
+use std::time::Duration;
 
 const SIZE: u64 = LARGE / FILES as u64;
 
@@ -132,16 +126,7 @@ fn reads_go_on_through_kills_and_outages() {
 fn wrong_bytes_of_a_registry_are_asked_for_again() {
     let lab = lab(any(), "background = false\n");
     push(&lab);
-    let wrong = Arc::new(AtomicU32::new(0));
-    let fault = RegistryFault::CorruptSome(wrong.clone());
-    let registry = FaultyRegistry::start(&lab.registry(), "/blobs/", fault);
-    let image = format!("{}/soci:1", registry.address());
-    pull(&lab, &image);
-    wrong.store(2, Ordering::Relaxed);
-    let (script, want) = all();
-    assert_eq!(lab.ctr(words(&image, &script)).ok().stdout, want);
-    assert_eq!(wrong.load(Ordering::Relaxed), 0);
-    assert!(status(&lab)["lazy"]["totals"]["wrong"].as_u64().unwrap() >= 1, "{}", status(&lab));
+    wrong_bytes_are_asked_for_again(&lab, "soci", |_| ());
 }
 
 /// The entries of `soci:1`: image and index.

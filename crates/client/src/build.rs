@@ -30,7 +30,8 @@ use crate::{
     question::{Answer, Question},
     session::store as session_store,
     session::{
-        FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets, Uploads,
+        Attached, FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets,
+        Uploads,
     },
 };
 
@@ -418,7 +419,7 @@ fn entries(list: &[CacheEntry]) -> Vec<wire::CacheOptionsEntry> {
 }
 
 /// The request, without the session that is not open yet.
-pub(crate) fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
+fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
     let mut attrs = options.frontend_attrs;
     if !options.frontend.is_empty() && !options.cache_imports.is_empty() {
         let imports = serde_json::to_string(&options.cache_imports)
@@ -450,6 +451,15 @@ pub(crate) fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
         proxy_network: options.proxy_network,
         ..Default::default()
     })
+}
+
+/// A build whose session is open and whose events are followed, before it is requested.
+pub(crate) struct Opened {
+    pub reference: String,
+    pub plan: Plan,
+    pub request: wire::SolveRequest,
+    pub session: Attached,
+    pub followed: Followed,
 }
 
 /// The stream of a build's events, followed beside the solve.
@@ -529,13 +539,12 @@ impl Client {
         driven.map(|(_, answer)| answer).map_err(|ended| ended.fault)
     }
 
-    pub(crate) async fn drive(
+    /// Attaches the session of a build that is about to be requested, and follows it.
+    pub(crate) async fn attach(
         &self,
         mut options: SolveOptions,
-        question: Option<Question>,
         events: mpsc::Sender<Status>,
-        stop: CancellationToken,
-    ) -> Result<(Outcome, Answer), Ended> {
+    ) -> Result<Opened> {
         if options.reference.is_empty() {
             options.reference = shipway_host::random_id()?;
         }
@@ -544,10 +553,21 @@ impl Client {
         let (shared_key, reference) =
             (std::mem::take(&mut options.shared_key), options.reference.clone());
         let mut request = request(options)?;
-        let mut session = services.attach(self, &shared_key).await?;
+        let session = services.attach(self, &shared_key).await?;
         request.session = session.id.clone();
-
         let followed = Followed::start(self, reference.clone(), events);
+        Ok(Opened { reference, plan, request, session, followed })
+    }
+
+    pub(crate) async fn drive(
+        &self,
+        options: SolveOptions,
+        question: Option<Question>,
+        events: mpsc::Sender<Status>,
+        stop: CancellationToken,
+    ) -> Result<(Outcome, Answer), Ended> {
+        let Opened { reference, plan, request, mut session, followed } =
+            self.attach(options, events).await?;
         let mut control = self.control();
         let asked = async {
             match question {

@@ -12,8 +12,8 @@ use tonic::metadata::AsciiMetadataValue;
 
 use crate::{
     Client, SolveOptions, Status,
-    build::{Followed, Plan, request, solve_fault},
-    question::{gateway, of_build},
+    build::{Followed, Opened, Plan, solve_fault},
+    question::{gateway, id_of, of_build},
     session::Attached,
     token::Calls,
 };
@@ -51,23 +51,12 @@ impl Driven {
     /// Begins a build that is open until it is ended.
     pub(crate) async fn begin(
         client: &Client,
-        mut options: SolveOptions,
+        options: SolveOptions,
         events: mpsc::Sender<Status>,
     ) -> Result<Self> {
-        if options.reference.is_empty() {
-            options.reference = shipway_host::random_id()?;
-        }
-        let mut plan = Plan::of(&mut options)?;
-        let services = plan.services(&mut options);
-        let (shared_key, reference) =
-            (std::mem::take(&mut options.shared_key), options.reference.clone());
-        let id: AsciiMetadataValue = reference
-            .parse()
-            .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
-        let mut request = request(options)?;
-        let session = services.attach(client, &shared_key).await?;
-        request.session = session.id.clone();
-        let followed = Followed::start(client, reference.clone(), events);
+        let Opened { reference, plan, request, session, followed } =
+            client.attach(options, events).await?;
+        let id = id_of(&reference)?;
         let mut control = client.control();
         let solve = shipway_task::spawn("hold a build", async move {
             let solved = control.solve(request).await;

@@ -44,9 +44,7 @@ impl Question {
 
     /// Asks within the build `reference` and ends it with the answer.
     pub(crate) async fn ask(self, calls: Calls, reference: &str) -> Result<Answer> {
-        let id: AsciiMetadataValue = reference
-            .parse()
-            .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
+        let id = id_of(reference)?;
         let mut gateway = gateway(calls);
         let solve = wire::SolveRequest {
             frontend: self.frontend,
@@ -84,6 +82,11 @@ pub(crate) fn gateway(calls: Calls) -> LlbBridgeClient<Calls> {
     LlbBridgeClient::new(calls)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE)
+}
+
+/// The id of a build as its calls carry it.
+pub(crate) fn id_of(reference: &str) -> Result<AsciiMetadataValue> {
+    reference.parse().map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))
 }
 
 pub(crate) fn of_build<T>(message: T, id: &AsciiMetadataValue) -> tonic::Request<T> {

@@ -4,6 +4,7 @@
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::{HeaderValue, Request, Response, Uri, header};
 use parking_lot::Mutex;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_http::{Client, DeniedNetworks, Timeouts, TlsSettings, no_body};
@@ -15,6 +16,7 @@ use std::{
     task::Poll,
     time::{Duration, SystemTime},
 };
+use tokio::io::AsyncReadExt as _;
 use tonic::{body::Body, transport::Channel};
 use tower::Service;
 
@@ -28,6 +30,8 @@ const EARLY: Duration = Duration::from_secs(60);
 const USED: Duration = Duration::from_secs(120);
 /// What tokens are requested for, unless something else is named.
 const AUDIENCE: &str = "shipway";
+/// What stays as it is in addresses (RFC 3986, "unreserved").
+const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// Where tokens come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,14 +85,16 @@ impl Tokens {
         let token = match &self.source {
             TokenSource::File(path) => {
                 let failed = |e| Fault::io(format!("read the token {}", path.display()), e);
-                let size = tokio::fs::metadata(path).await.map_err(failed)?.len();
-                if size > MAX_TOKEN {
+                let file = tokio::fs::File::open(path).await.map_err(failed)?;
+                let mut token = String::new();
+                file.take(MAX_TOKEN + 1).read_to_string(&mut token).await.map_err(failed)?;
+                if token.len() as u64 > MAX_TOKEN {
                     return Err(Fault::invalid(format!(
                         "{} has more than the {MAX_TOKEN} bytes of a token",
                         path.display()
                     )));
                 }
-                tokio::fs::read_to_string(path).await.map_err(failed)?
+                token
             }
             TokenSource::GitHub { audience } => {
                 let now = SystemTime::now();
@@ -104,11 +110,16 @@ impl Tokens {
                 }
             }
         };
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim()))
-            .map_err(|_| Fault::invalid("the token has bytes that no token has"))?;
-        value.set_sensitive(true);
-        Ok(value)
+        bearer(token.trim(), "the token has bytes that no token has")
     }
+}
+
+/// The value of `authorization` with `token`, or a fault that says what is `wrong` with it.
+fn bearer(token: &str, wrong: &'static str) -> Result<HeaderValue> {
+    let mut value =
+        HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| Fault::invalid(wrong))?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 /// Until when a token is used. Its claims are its own business otherwise.
@@ -137,7 +148,7 @@ async fn of_github(audience: &str, variable: impl Fn(&str) -> Option<String>) ->
     let address = needed("ACTIONS_ID_TOKEN_REQUEST_URL")?;
     let token = needed("ACTIONS_ID_TOKEN_REQUEST_TOKEN")?;
     let mark = if address.contains('?') { '&' } else { '?' };
-    let audience = encoded(audience);
+    let audience = utf8_percent_encode(audience, UNRESERVED);
     let uri: Uri = format!("{address}{mark}audience={audience}")
         .parse()
         .map_err(|_| Fault::invalid("$ACTIONS_ID_TOKEN_REQUEST_URL is not an address"))?;
@@ -146,9 +157,7 @@ async fn of_github(audience: &str, variable: impl Fn(&str) -> Option<String>) ->
             "$ACTIONS_ID_TOKEN_REQUEST_URL is not an address with https://",
         ));
     }
-    let mut value = HeaderValue::from_str(&format!("Bearer {token}"))
-        .map_err(|_| Fault::invalid("$ACTIONS_ID_TOKEN_REQUEST_TOKEN is not a token"))?;
-    value.set_sensitive(true);
+    let value = bearer(&token, "$ACTIONS_ID_TOKEN_REQUEST_TOKEN is not a token")?;
     let mut request = Request::new(no_body());
     *request.uri_mut() = uri;
     request.headers_mut().insert(header::AUTHORIZATION, value);
@@ -164,20 +173,6 @@ async fn of_github(audience: &str, variable: impl Fn(&str) -> Option<String>) ->
     let issued: Issued = serde_json::from_slice(&body)
         .map_err(|_| Fault::unknown("the answer is not one with a token"))?;
     Ok(issued.value)
-}
-
-/// `text` as a value in a query.
-fn encoded(text: &str) -> String {
-    let mut out = String::new();
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                out.push(char::from(byte));
-            }
-            _ => out += &format!("%{byte:02X}"),
-        }
-    }
-    out
 }
 
 /// A connection whose calls carry a token, if there is one. Clones share it.
@@ -276,6 +271,7 @@ mod tests {
         assert!(fault.hints().any(|h| h.contains("id-token: write")), "{fault:?}");
         let fault = of_github("x", |_| Some("http://issuer.test/x".to_owned())).await.unwrap_err();
         assert!(fault.to_string().contains("https://"), "{fault}");
-        assert_eq!(encoded("a b/ü"), "a%20b%2F%C3%BC");
+        let value = utf8_percent_encode("a b/ü", UNRESERVED).to_string();
+        assert_eq!(value, "a%20b%2F%C3%BC");
     }
 }

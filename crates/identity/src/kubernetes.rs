@@ -8,11 +8,11 @@ use crate::{
 };
 use http::Uri;
 use parking_lot::Mutex;
-use ring::digest::{SHA256, digest};
 use serde::Deserialize;
 use serde_json::json;
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_http::Client;
+use shipway_oci::Digest;
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
@@ -27,16 +27,14 @@ const MAX_KEPT: usize = 1024;
 /// Where pods have what they need to talk to the API.
 const POD: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
-/// What a token is known by in memory.
-type TokenHash = [u8; 32];
-
 /// Asks the API about tokens.
 pub(crate) struct TokenReviewer {
     client: Client,
     reviews: Uri,
     token_file: PathBuf,
     audience: Vec<String>,
-    kept: Mutex<HashMap<TokenHash, (Instant, Result<Identity>)>>,
+    /// By the digests of tokens.
+    kept: Mutex<HashMap<Digest, (Instant, Result<Identity>)>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -137,8 +135,7 @@ impl TokenReviewer {
         if token.len() > MAX_TOKEN {
             return Err(unauthenticated(format!("the token has more than {MAX_TOKEN} bytes")));
         }
-        let mut hash = TokenHash::default();
-        hash.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+        let hash = Digest::of(token);
         let now = Instant::now();
         if let Some((until, known)) = self.kept.lock().get(&hash)
             && *until > now

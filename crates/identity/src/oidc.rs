@@ -17,7 +17,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::time::Instant;
+use tokio::{io::AsyncReadExt as _, time::Instant};
 
 /// Keys are looked at again after this time.
 const REFRESH: Duration = Duration::from_secs(3600);
@@ -60,11 +60,12 @@ impl Source {
             }
             Self::File(path) => {
                 let failed = |e| Fault::io(format!("read {}", path.display()), e);
-                let size = tokio::fs::metadata(path).await.map_err(failed)?.len();
-                if size > fetch::MAX_DOCUMENT {
+                let file = tokio::fs::File::open(path).await.map_err(failed)?;
+                let (limit, mut bytes) = (fetch::MAX_DOCUMENT, Vec::new());
+                file.take(limit + 1).read_to_end(&mut bytes).await.map_err(failed)?;
+                if bytes.len() as u64 > limit {
                     return Err(Fault::invalid(format!("{} is too large", path.display())));
                 }
-                let bytes = tokio::fs::read(path).await.map_err(failed)?;
                 serde_json::from_slice(&bytes)
                     .map_err(|e| Fault::invalid(format!("{} is not JSON: {e}", path.display())))?
             }
