@@ -227,8 +227,12 @@ fn a_build_stops_at_its_failed_step_with_a_shell() {
     for part in ["33 77", "1234", "hello-7", "half done", "top-secret"] {
         assert!(said.contains(part), "{part}: {said}");
     }
-    // Ctrl-C is the shell's business: here it ends a line that is edited.
+    // Ctrl-C is the shell's business: it ends a line that is edited, and what runs.
     talk.say("never\x03");
+    talk.hear("/work $ ");
+    talk.say("echo o$((1))n; sleep 1000; echo of$((1))f\r");
+    talk.hear("o1n");
+    talk.say("\x03");
     talk.hear("/work $ ");
     talk.say("rm half; echo done $((1+1))\r");
     talk.hear("done 2");
